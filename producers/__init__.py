@@ -1,0 +1,1 @@
+"""What submits jobs: the Python client and the command line."""

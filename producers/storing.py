@@ -1,0 +1,149 @@
+"""Storing drafts: a batch a statement, safe to repeat. No I/O here.
+
+`INSERT` stores, `FIND` tells what stood in the place of a draft, `accept` reads both answers.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Row
+
+from sluicegate.producers.submission import Draft
+from sluicegate.shared.celery_app import JobMessage
+from sluicegate.shared.errors import IdempotencyConflict
+from sluicegate.shared.jobs import State
+
+#: The sweep listens here: bulk jobs were stored and may be staged.
+STAGE_CHANNEL: Final = "sluice_stage"
+
+#: One statement stores at most so many jobs, and bytes of requests unless a single one is larger.
+_BATCH_JOBS = 500
+_BATCH_BYTES = 8_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """A job that is stored; `message` is what is to be published for it."""
+
+    id: UUID
+    is_new: bool
+    message: JobMessage | None = None
+
+
+# Idempotent: repeated with the same ids it stores nothing, and RETURNING leaves out what was
+# there before, be it by id or by idempotency key.
+INSERT: Final = f"""
+WITH given AS (
+    SELECT * FROM unnest(
+        %(id)s::uuid[], %(account_id)s::uuid[], %(use_case)s::text[], %(lane)s::text[],
+        %(queue)s::text[], %(state)s::text[], %(max_attempts)s::smallint[],
+        %(deadline_s)s::float8[], %(idempotency_key)s::text[], %(request_hash)s::bytea[],
+        %(request)s::text[], %(submitted_by)s::text[], %(request_id)s::text[]
+    ) AS g(id, account_id, use_case, lane, queue, state, max_attempts, deadline_s,
+           idempotency_key, request_hash, request, submitted_by, request_id)
+), stored AS (
+    INSERT INTO jobs (
+        id, account_id, use_case, lane, queue, state, max_attempts, deadline_at, published_at,
+        idempotency_key, request_hash, submitted_by, submitted_from, request_id)
+    SELECT id, account_id, use_case, lane, queue, state, max_attempts,
+           now() + make_interval(secs => deadline_s), CASE WHEN state = 'queued' THEN now() END,
+           idempotency_key, request_hash, submitted_by, %(submitted_from)s, request_id
+    FROM given
+    ON CONFLICT DO NOTHING
+    RETURNING id, state, published_at
+), bodies AS (
+    INSERT INTO job_bodies (job_id, request)
+    SELECT given.id, given.request::json FROM given JOIN stored USING (id)
+)
+SELECT id, published_at, CASE WHEN state = 'parked' THEN pg_notify('{STAGE_CHANNEL}', '')::text END
+FROM stored
+"""
+
+#: What stands where an insert stored nothing: the job itself, or another with its key.
+FIND: Final = """
+SELECT given.id AS draft_id, j.id, j.state, j.published_at, j.request_hash
+FROM unnest(%(id)s::uuid[]) AS given(id) JOIN jobs j USING (id)
+UNION
+SELECT given.id, j.id, j.state, j.published_at, j.request_hash
+FROM unnest(%(id)s::uuid[], %(account_id)s::uuid[], %(idempotency_key)s::text[])
+     AS given(id, account_id, idempotency_key)
+JOIN jobs j USING (account_id, idempotency_key)
+"""
+
+_COLUMNS = tuple(field.name for field in fields(Draft))
+
+
+def batches(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
+    """Split into what one statement stores."""
+    batch: list[Draft] = []
+    batch_bytes = 0
+    for draft in drafts:
+        if batch and (len(batch) == _BATCH_JOBS or batch_bytes + len(draft.request) > _BATCH_BYTES):
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(draft)
+        batch_bytes += len(draft.request)
+    if batch:
+        yield batch
+
+
+def parameters(drafts: Sequence[Draft]) -> dict[str, Any]:
+    """Parameters of `INSERT`, and of `FIND`."""
+    columns: dict[str, Any] = {
+        name: [getattr(draft, name) for draft in drafts] for name in _COLUMNS
+    }
+    columns["request"] = [draft.request.decode() for draft in drafts]
+    return {**columns, "submitted_from": _host()}
+
+
+def missing(drafts: Sequence[Draft], stored: Iterable[Row[Any]]) -> list[Draft]:
+    """Return the drafts for which `INSERT` found something in their place."""
+    ids = {row.id for row in stored}
+    return [draft for draft in drafts if draft.id not in ids]
+
+
+def accept(
+    drafts: Sequence[Draft], stored: Iterable[Row[Any]], found: Iterable[Row[Any]]
+) -> list[Accepted]:
+    """Tell for each draft which job it is; raise `IdempotencyConflict` where that is another's.
+
+    `stored` are the rows of `INSERT`, `found` those of `FIND`.
+    """
+    published = {row.id: row.published_at for row in stored}
+    standing = {row.draft_id: row for row in found}
+    jobs = []
+    for draft in drafts:
+        published_at = published.get(draft.id)
+        if draft.id not in published:
+            row = standing.get(draft.id)
+            if row is None:
+                raise IdempotencyConflict(
+                    f"the job with idempotency key {draft.idempotency_key!r} was deleted just "
+                    "now; submit again"
+                )
+            if bytes(row.request_hash) != draft.request_hash:
+                raise IdempotencyConflict(
+                    f"idempotency key {draft.idempotency_key!r} was used before with another "
+                    "request; use a new key"
+                )
+            if row.id != draft.id:
+                jobs.append(Accepted(id=row.id, is_new=False))
+                continue
+            # The first try had committed after all, and nothing was published for it.
+            published_at = row.published_at if row.state == State.QUEUED else None
+        message = None
+        if published_at is not None:
+            message = JobMessage(queue=draft.queue, job_ids=(draft.id,), published_at=published_at)
+        jobs.append(Accepted(id=draft.id, is_new=True, message=message))
+    return jobs
+
+
+@cache
+def _host() -> str:
+    return socket.gethostname()

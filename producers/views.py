@@ -1,0 +1,96 @@
+"""What a caller may know about a job."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Row
+
+from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.jobs import AttemptState, Lane, Result, State
+from sluicegate.shared.messages import Frozen
+from sluicegate.shared.replies import load_result
+
+
+class AttemptView(Frozen):
+    """One paid call: where it went, how it ended, what it cost."""
+
+    number: int
+    provider: str
+    model: str
+    state: AttemptState
+    error_class: ErrorClass | None
+    error_message: str | None
+    #: HTTP status, where there was one.
+    status: int | None
+    #: The provider's own id of the call.
+    request_id: str | None
+    dispatched_at: datetime
+    ended_at: datetime | None
+    first_token_ms: int | None
+    duration_ms: int | None
+    #: Booked so far; None while nothing is.
+    cost_nano_usd: int | None
+
+
+class JobView(Frozen):
+    """A job as it stands."""
+
+    id: UUID
+    state: State
+    use_case: str
+    lane: Lane
+    queue: str
+    #: The account's name.
+    account: str
+    #: Paid calls so far, and how many there may be.
+    attempts: int
+    max_attempts: int
+    cost_nano_usd: int
+    created_at: datetime
+    #: Not started before; later than `created_at` where the job waits for something.
+    run_at: datetime
+    deadline_at: datetime
+    finished_at: datetime | None
+    idempotency_key: str | None
+    request_id: str | None
+    submitted_by: str | None
+    submitted_from: str | None
+    history: tuple[AttemptView, ...]
+    #: None until the job has ended.
+    result: Result | None
+
+    @property
+    def cost_usd(self) -> float:
+        """Cost in dollars, for showing."""
+        return self.cost_nano_usd / 1e9
+
+
+# An attempt has at most one entry and one correction, each under an index of its own.
+JOB_QUERY: Final = """
+SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS account,
+       j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd, j.created_at, j.run_at,
+       j.deadline_at, j.finished_at, j.idempotency_key, j.request_id, j.submitted_by,
+       j.submitted_from, r.body,
+       (SELECT coalesce(json_agg(one), '[]'::json) FROM (
+           SELECT t.number, t.provider, t.model, t.state, t.error_class, t.error_message,
+                  t.status, t.request_id, t.dispatched_at, t.ended_at, t.first_token_ms,
+                  t.duration_ms,
+                  (SELECT c.amount_nano_usd FROM cost_entries c
+                   WHERE c.attempt_id = t.id AND c.kind <> 'correction')
+                  + coalesce((SELECT c.amount_nano_usd FROM cost_entries c
+                              WHERE c.attempt_id = t.id AND c.kind = 'correction'), 0)
+                  AS cost_nano_usd
+           FROM attempts t WHERE t.job_id = j.id ORDER BY t.fence, t.number
+       ) AS one) AS history
+FROM jobs j JOIN accounts a ON a.id = j.account_id LEFT JOIN results r ON r.job_id = j.id
+WHERE j.id = %(job_id)s
+"""
+
+
+def load_job(row: Row[Any]) -> JobView:
+    """Build the view from a row of `JOB_QUERY`."""
+    values = {name: row._mapping[name] for name in JobView.model_fields if name != "result"}
+    return JobView.model_validate({**values, "result": load_result(row)})

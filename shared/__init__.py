@@ -1,0 +1,1 @@
+"""The contract and the state that producers and workers agree on."""

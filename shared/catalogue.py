@@ -1,0 +1,221 @@
+"""The catalogue: provider rows and use cases, cached in each process.
+
+A hit costs a clock reading. On use, at most every half second, the cache asks Redis whether the
+catalogue's version token has changed, and after `catalogue_ttl_s` it reads the rows again whatever
+Redis says: a change is seen within a second, and no thread has to listen for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal, cast
+from uuid import UUID, uuid4
+
+import redis
+import redis.asyncio
+from sqlalchemy import Connection, Row, select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sluicegate.shared.pricing import PriceCard, price_card
+from sluicegate.shared.tables import llm_providers, use_cases
+
+#: Holds a token that changes with the catalogue; absent after a flush, which reads as a change.
+VERSION_KEY: Final = "catalogue:version"
+
+Capability = Literal["vision", "tools", "json_schema", "effort"]
+PoolName = Literal["openai", "anthropic"]
+
+_REVALIDATE_AFTER_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """A row of `llm_providers`: a model behind an API."""
+
+    id: UUID
+    #: Its name in the catalogue, such as `openai-gpt4o-mini`.
+    name: str
+    #: The pool that serves it.
+    provider: PoolName
+    model: str
+    base_url: str | None
+    #: Serves use cases that no other row claims.
+    is_default: bool
+    #: Serves these first, and these when those that do have said no.
+    use_case: frozenset[str]
+    failover: frozenset[str]
+    max_tokens: int
+    context_tokens: int
+    capabilities: frozenset[str]
+    #: None: every account's.
+    account_id: UUID | None
+    #: The default set it belongs to; None: an operator's own row, in use in both.
+    catalogue: Literal["current", "original"] | None
+    #: Lower is tried first.
+    priority: int
+    retires_at: datetime | None
+    successor: str | None
+    price_override: Mapping[str, float] | None = field(hash=False)
+
+    @property
+    def card(self) -> PriceCard:
+        """Its rates; raises `UnknownPrice`."""
+        return price_card(self.provider, self.model, self.price_override)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UseCase:
+    """A kind of work, and how its jobs are to be routed."""
+
+    name: str
+    description: str
+    prefer: Literal["priority", "cheapest", "fastest"]
+    #: Longest answer when the job names none.
+    max_tokens: int
+    unknown_policy: Literal["retry_once", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """One reading of all active rows."""
+
+    providers: tuple[Provider, ...]
+    use_cases: Mapping[str, UseCase]
+
+    def provider(self, provider_id: UUID) -> Provider | None:
+        """Return the row with this id, if it is active."""
+        return next((row for row in self.providers if row.id == provider_id), None)
+
+
+PROVIDERS = select(
+    *(
+        llm_providers.c[name]
+        for name in (
+            "id",
+            "name",
+            "provider",
+            "model",
+            "base_url",
+            "is_default",
+            "use_case",
+            "failover",
+            "max_tokens",
+            "context_tokens",
+            "capabilities",
+            "account_id",
+            "catalogue",
+            "priority",
+            "retires_at",
+            "successor",
+            "price_override",
+        )
+    )
+).where(llm_providers.c.is_active)
+
+USE_CASES = select(
+    use_cases.c.name,
+    use_cases.c.description,
+    use_cases.c.prefer,
+    use_cases.c.max_tokens,
+    use_cases.c.unknown_policy,
+).where(use_cases.c.is_active)
+
+
+def build(provider_rows: Iterable[Row[Any]], use_case_rows: Iterable[Row[Any]]) -> Catalogue:
+    """Make a catalogue of rows as `PROVIDERS` and `USE_CASES` select them."""
+    providers = []
+    for row in provider_rows:
+        values = dict(row._mapping)
+        for name in ("use_case", "failover", "capabilities"):
+            values[name] = frozenset(values[name])
+        providers.append(Provider(**values))
+    return Catalogue(
+        tuple(providers),
+        {row.name: UseCase(**row._mapping) for row in use_case_rows},
+    )
+
+
+def read(connection: Connection) -> Catalogue:
+    """Read the catalogue now."""
+    return build(connection.execute(PROVIDERS), connection.execute(USE_CASES))
+
+
+def invalidate(client: redis.Redis, prefix: str) -> None:
+    """Tell every process that the catalogue has changed; call it after the commit."""
+    client.set(prefix + VERSION_KEY, uuid4().hex)
+
+
+class _Cached:
+    """What both caches share: one reading, its age and its version token."""
+
+    def __init__(
+        self, *, prefix: str, ttl_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._key = prefix + VERSION_KEY
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._value: Catalogue | None = None
+        self._token: bytes | None = None
+        self._read_at = 0.0
+        self._checked_at = 0.0
+
+    def _fresh(self) -> Catalogue | None:
+        if self._value is not None and self._clock() - self._checked_at < _REVALIDATE_AFTER_S:
+            return self._value
+        return None
+
+    def _still_valid(self, token: bytes | None) -> Catalogue | None:
+        """Compare the token read from Redis; None means: read the rows."""
+        now = self._clock()
+        self._checked_at = now
+        if self._value is None or token != self._token or now - self._read_at >= self._ttl_s:
+            return None
+        return self._value
+
+    def _keep(self, value: Catalogue, token: bytes | None) -> Catalogue:
+        """Keep rows that were read after `token`; had the reading failed, it would be repeated."""
+        self._token = token
+        self._value = value
+        self._read_at = self._clock()
+        return value
+
+
+class CatalogueCache(_Cached):
+    """The cache of a synchronous process; safe in threads (a race reads twice, harmlessly)."""
+
+    def get(self, read_rows: Callable[[], Catalogue], client: redis.Redis) -> Catalogue:
+        """Return the catalogue; `read_rows` is called when it has to be read."""
+        fresh = self._fresh()
+        if fresh is not None:
+            return fresh
+        try:
+            token = cast("bytes | None", client.get(self._key))
+        except redis.RedisError:
+            # Redis only tells that a copy is old: without it the copy's own age decides.
+            token = self._token
+        return self._still_valid(token) or self._keep(read_rows(), token)
+
+
+class AsyncCatalogueCache(_Cached):
+    """The cache of an asyncio process."""
+
+    async def get(self, engine: AsyncEngine, client: redis.asyncio.Redis) -> Catalogue:
+        """Return the catalogue, read again if it has changed."""
+        fresh = self._fresh()
+        if fresh is not None:
+            return fresh
+        try:
+            token = cast("bytes | None", await client.get(self._key))
+        except redis.RedisError:
+            token = self._token
+        valid = self._still_valid(token)
+        if valid is not None:
+            return valid
+        async with engine.connect() as connection:
+            return self._keep(
+                build(await connection.execute(PROVIDERS), await connection.execute(USE_CASES)),
+                token,
+            )

@@ -1,0 +1,157 @@
+"""The one Celery configuration of producers, workers, the sweep and Flower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from sluicegate.shared.errors import QueueUnavailable
+from sluicegate.shared.ids import new_id
+from sluicegate.shared.jobs import Lane
+from sluicegate.shared.queues import POOLS, declare, queue_name
+from sluicegate.shared.settings import Settings
+
+#: The one task there is: it carries job ids and nothing else.
+RUN_JOBS = "sluicegate.run_jobs"
+
+#: Header of a message: the row's `published_at`, so that the sweep can tell a backlog's age.
+PUBLISHED_AT = "published_at"
+
+#: The use cases that ship. Operators add others; their queues are declared when first used.
+USE_CASES = ("draft", "summary", "complex", "vision", "voice", "general")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobMessage:
+    """A hint that these jobs are ready. Losing or repeating one is harmless."""
+
+    queue: str
+    job_ids: tuple[UUID, ...]
+    published_at: datetime
+    #: Names the delivery of a single job after the job itself, so that Flower shows it.
+    fence: int = 0
+
+    @property
+    def task_id(self) -> str:
+        """The job's own id where there is one; a repeat after a fence has another."""
+        if len(self.job_ids) > 1:
+            return str(new_id())
+        return str(self.job_ids[0]) + (f".{self.fence}" if self.fence else "")
+
+    def describe(self) -> str:
+        """Say in a word which jobs these are."""
+        first, count = self.job_ids[0], len(self.job_ids)
+        return str(first) if count == 1 else f"{count} jobs from {first}"
+
+
+def make_celery(settings: Settings, **overrides: Any) -> Celery:
+    """Build the app; `overrides` are Celery settings, for tests.
+
+    It is not set as the current app: a back end's own Celery stays what it was.
+    """
+    app = Celery("sluicegate", set_as_current=False, broker=settings.redis_dsn)
+    names = [
+        queue_name(use_case, pool, lane)
+        for use_case in USE_CASES
+        for pool in POOLS
+        for lane in Lane
+    ]
+    app.conf.update(
+        # Results live in Postgres; a backend would cost a SETEX and a PUBLISH for every state.
+        result_backend=None,
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        # Our messages are ids and times: nothing that needs pickle may be accepted.
+        task_serializer="json",
+        accept_content=["json"],
+        task_queues=[declare(name) for name in names],
+        # A use case that an operator adds gets its queue when it is first used.
+        task_create_missing_queues=True,
+        task_default_queue=queue_name("general", "openai", Lane.INTERACTIVE),
+        task_default_exchange="",
+        # A message is acknowledged once its settlement has committed, whatever its outcome:
+        # what is left to do is in Postgres.
+        task_acks_late=True,
+        task_acks_on_failure_or_timeout=True,
+        task_reject_on_worker_lost=False,
+        # Our own pool: Celery runs unchanged in greenlets on an event loop.
+        worker_pool="sluicegate.workers.pool:TaskPool",
+        # One message waits unclaimed; the pool raises this by one for each claimed message.
+        worker_concurrency=1,
+        worker_prefetch_multiplier=1,
+        # Calls go on while the broker is away: their result goes to Postgres, not through it.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # Celery's limits hold for one worker and block its prefetch; ours are in Redis.
+        worker_disable_rate_limits=True,
+        # Retries of up to 30 s wait in a worker's memory: bound how many.
+        worker_eta_task_limit=2000,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        # Flower shows what happens now; events that nobody reads must not pile up.
+        worker_send_task_events=True,
+        event_queue_ttl=10.0,
+        event_queue_expires=60.0,
+        broker_connection_retry_on_startup=True,
+        # Every queue has the same priority: lanes are queues of their own.
+        task_queue_max_priority=None,
+        broker_transport_options={
+            # Far above the longest chunk: a late acknowledgement would mean a second copy.
+            # The shortest value of any app on the broker wins, so it is set here alone.
+            "visibility_timeout": settings.visibility_timeout_s,
+            "global_keyprefix": settings.redis_prefix,
+            "priority_steps": [0],
+            # Without these a publish to a dead server hangs for ever.
+            "socket_timeout": settings.command_timeout_s,
+            "socket_connect_timeout": settings.connect_timeout_s,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+        },
+        broker_pool_limit=4,
+        # A publish that fails is reported at once: the row is there, and the sweep publishes it.
+        task_publish_retry=False,
+        enable_utc=True,
+        timezone="UTC",
+    )
+    app.conf.update(overrides)
+    return app
+
+
+def publish(app: Celery, messages: Iterable[JobMessage]) -> None:
+    """Publish hints for jobs that are committed; raise `QueueUnavailable` if the broker is away.
+
+    Blocks on the network. After an error some may have been sent: publish them again.
+    """
+    try:
+        with (
+            app.producer_pool.acquire(block=True, timeout=30) as producer,
+            producer.batch(),  # type: ignore[attr-defined]  # newer than the stubs
+        ):
+            for message in messages:
+                send(app, message, producer=producer)
+    except (OperationalError, OSError) as error:
+        raise QueueUnavailable(f"the message broker did not answer: {error}") from error
+
+
+def send(
+    app: Celery, message: JobMessage, *, producer: Any, countdown: float | None = None
+) -> None:
+    """Publish one message with this producer, to the queue itself; to run after `countdown` s."""
+    app.send_task(
+        RUN_JOBS,
+        args=([str(job_id) for job_id in message.job_ids],),
+        task_id=message.task_id,
+        producer=producer,
+        countdown=countdown or None,
+        queue=declare(message.queue),
+        headers={PUBLISHED_AT: message.published_at.isoformat()},
+        # Into events and Flower: which job, nothing of what is in it.
+        argsrepr=message.describe(),
+        kwargsrepr="{}",
+        add_to_parent=False,
+    )

@@ -1,0 +1,100 @@
+"""Engines for PostgreSQL, and what its failures mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from sluicegate.shared.errors import SchemaOutdated
+from sluicegate.shared.settings import Settings
+
+#: The migration this version of the code was written for.
+SCHEMA_REVISION = "0002"
+
+#: What a lost server, or a pool that waits for one, raises.
+CONNECTION_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
+
+
+def _options(settings: Settings, application_name: str, pool_size: int | None) -> dict[str, Any]:
+    return {
+        "pool_size": pool_size or settings.database_pool_size,
+        "max_overflow": 0,
+        "pool_timeout": settings.connect_timeout_s,
+        # Statements are whole transactions: no BEGIN, no COMMIT, one round trip each. Where
+        # several belong together the caller opens a transaction of its own.
+        "isolation_level": "AUTOCOMMIT",
+        "json_serializer": lambda value: orjson.dumps(value).decode(),
+        "json_deserializer": orjson.loads,
+        "connect_args": {
+            "connect_timeout": max(1, round(settings.connect_timeout_s)),
+            "application_name": application_name,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": round(settings.command_timeout_s * 1000),
+            "options": f"-c statement_timeout={round(settings.command_timeout_s * 1000)}"
+            " -c timezone=UTC",
+        },
+    }
+
+
+def make_engine(
+    settings: Settings, *, application_name: str = "sluice", pool_size: int | None = None
+) -> Engine:
+    """Build the synchronous engine, in autocommit; it connects at first use."""
+    return create_engine(settings.database_dsn, **_options(settings, application_name, pool_size))
+
+
+def make_async_engine(
+    settings: Settings, *, application_name: str = "sluice", pool_size: int | None = None
+) -> AsyncEngine:
+    """Build the asyncio engine, in autocommit; it connects at first use."""
+    return create_async_engine(
+        settings.database_dsn, **_options(settings, application_name, pool_size)
+    )
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """Return Postgres' own error code, or None if the server did not answer."""
+    origin = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(origin, "sqlstate", None)
+    return code if isinstance(code, str) else None
+
+
+def is_disconnect(error: BaseException) -> bool:
+    """Whether the server went away, so that the same statement may be sent again.
+
+    Class 08 is the connection, 57P the server shutting down or starting, 53300 too many
+    connections, 25006 a replica that is not yet the primary.
+    """
+    code = sqlstate(error)
+    if code is None:
+        return isinstance(error, CONNECTION_ERRORS)
+    return code.startswith(("08", "57P")) or code in ("53300", "25006")
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether the statement met another one (deadlock, serialisation) and is to be repeated."""
+    return sqlstate(error) in ("40P01", "40001")
+
+
+def is_bad_data(error: BaseException) -> bool:
+    """Whether a value in the statement, not the server, is to blame (SQLSTATE 22, 23)."""
+    code = sqlstate(error)
+    return code is not None and code.startswith(("22", "23"))
+
+
+def check_schema(connection: Connection) -> None:
+    """Raise `SchemaOutdated` unless the database is at this version's migration."""
+    known = connection.scalar(text("SELECT to_regclass('alembic_version')"))
+    found = connection.scalar(text("SELECT version_num FROM alembic_version")) if known else None
+    if found != SCHEMA_REVISION:
+        raise SchemaOutdated(
+            f"the database schema is at {found or 'nothing'}, this version needs "
+            f"{SCHEMA_REVISION}; run `sluice db upgrade`"
+        )

@@ -1,0 +1,122 @@
+"""Errors a caller sees. The docstring of each is its default message."""
+
+from __future__ import annotations
+
+import inspect
+from enum import StrEnum
+
+
+class SluiceError(Exception):
+    """Sluicegate could not do what was asked."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or inspect.getdoc(type(self)))
+
+
+class SettingsError(SluiceError):
+    """A setting is missing or has a value that cannot be used."""
+
+
+class InvalidJob(SluiceError):
+    """The job was refused: a field has a value that is not allowed.
+
+    `field` is the name of the field as the caller wrote it; nothing was stored.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class IdempotencyConflict(SluiceError):
+    """This idempotency key was used before with another request; use a new key."""
+
+
+class NotFound(SluiceError):
+    """There is nothing with this id."""
+
+
+class QueueUnavailable(SluiceError):
+    """Postgres or Redis did not answer, so the job was not accepted; try again."""
+
+
+class ResultTimeout(SluiceError, TimeoutError):
+    """The job did not end in time; it goes on, and its result can still be read."""
+
+
+class JobEnded(SluiceError):
+    """The job ended without a result."""
+
+    def __init__(self, message: str | None = None, *, job_id: str = "", state: str = "") -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.state = state
+
+
+class JobFailed(JobEnded):
+    """The job failed."""
+
+
+class JobExpired(JobEnded):
+    """The job's deadline passed before it could be answered."""
+
+
+class JobCancelled(JobEnded):
+    """The job was cancelled."""
+
+
+class IllegalTransition(SluiceError):
+    """A job cannot move between these two states."""
+
+
+class UnknownPrice(SluiceError):
+    """The price of this model is not known; set one on the provider row to use it."""
+
+
+class SchemaOutdated(SluiceError):
+    """The database schema is not the one this version needs; run `sluice db upgrade`."""
+
+
+class ErrorClass(StrEnum):
+    """Why an attempt ended without an answer: what retry, routing and the breaker decide on."""
+
+    CONNECT = "connect"  # no connection, or it broke before an answer began
+    TIMEOUT = "timeout"  # first token, idle or total deadline
+    POOL_TIMEOUT = "pool_timeout"  # our own connection pool was full: not the provider's fault
+    RATE_LIMITED = "rate_limited"  # 429 that passes by itself
+    QUOTA = "quota"  # 429 or 402 that needs money or a new limit
+    AUTH = "auth"  # 401, 403, or no key
+    NOT_FOUND = "not_found"  # no such model or endpoint
+    BAD_REQUEST = "bad_request"  # the provider refuses the request as it is
+    CONTEXT_TOO_LONG = "context_too_long"
+    CONTENT_FILTER = "content_filter"
+    OVERLOADED = "overloaded"  # 529, 503
+    SERVER = "server"  # other 5xx
+    STREAM_BROKEN = "stream_broken"  # cut, garbage, or an error event inside a stream
+    TRUNCATED = "truncated"  # ended without its terminal marker
+    GARBAGE = "garbage"  # a 2xx that is not an answer
+    CANCELLED = "cancelled"
+    LOST = "lost"  # the worker died or lost the job: the outcome is unknown
+    INTERNAL = "internal"  # a defect of ours
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may succeed at the same provider a little later."""
+        return self in _TRANSIENT
+
+
+_TRANSIENT = frozenset(
+    {
+        ErrorClass.CONNECT,
+        ErrorClass.TIMEOUT,
+        ErrorClass.POOL_TIMEOUT,
+        ErrorClass.RATE_LIMITED,
+        ErrorClass.OVERLOADED,
+        ErrorClass.SERVER,
+        ErrorClass.STREAM_BROKEN,
+        ErrorClass.TRUNCATED,
+        ErrorClass.GARBAGE,
+        ErrorClass.LOST,
+    }
+)

@@ -1,0 +1,237 @@
+"""The job: what is asked for, the states it passes through, and the result."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+import orjson
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
+
+from sluicegate.shared.errors import ErrorClass, IllegalTransition, InvalidJob
+from sluicegate.shared.messages import (
+    MAX_ATTACHMENT_BYTES,
+    MAX_REQUEST_BYTES,
+    FilePart,
+    Frozen,
+    ImagePart,
+    Message,
+    ResponseFormat,
+    Tool,
+    ToolCallPart,
+    Usage,
+)
+
+UseCaseName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+IdempotencyKey = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+
+
+class Lane(StrEnum):
+    """Interactive: somebody waits. Bulk: cheap and steady matters more than soon."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+class State(StrEnum):
+    """Where a job is. The last four are terminal."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PARKED = "parked"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job is over."""
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED})
+
+#: Every edge there is. The edges out of terminal states are for `job retry` alone.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.QUEUED: frozenset({State.RUNNING, State.PARKED, State.CANCELLED, State.EXPIRED}),
+    State.RUNNING: TERMINAL | {State.QUEUED, State.PARKED},
+    State.PARKED: frozenset({State.QUEUED, State.CANCELLED, State.EXPIRED}),
+    State.SUCCEEDED: frozenset(),
+    State.FAILED: frozenset({State.QUEUED}),
+    State.CANCELLED: frozenset({State.QUEUED}),
+    State.EXPIRED: frozenset({State.QUEUED}),
+}
+
+
+def check_transition(old: State, new: State) -> None:
+    """Raise `IllegalTransition` unless a job may move from `old` to `new`."""
+    if new not in TRANSITIONS[old]:
+        raise IllegalTransition(f"a job cannot move from {old} to {new}")
+
+
+class AttemptState(StrEnum):
+    """Where a paid call is. `unknown` is booked at its whole reservation until corrected."""
+
+    DISPATCHING = "dispatching"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    VOID = "void"  # the call certainly never left
+    UNKNOWN = "unknown"
+    CORRECTED = "corrected"
+
+
+class JobSpec(Frozen):
+    """What a producer asks for; stored as it was given and never changed."""
+
+    version: Literal[1] = 1
+    use_case: UseCaseName
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=1000)]
+    system: str | None = None
+    #: Longest answer in tokens; None takes the use case's default.
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)] | None = None
+    #: A catalogue name or a provider's model id; None lets routing choose.
+    model: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=128)] = ()
+    #: `auto`, `none`, `required`, or the name of one tool.
+    tool_choice: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] = "auto"
+    response_format: ResponseFormat | None = None
+    effort: Literal["low", "medium", "high"] | None = None
+    stream: Annotated[bool, Field(strict=True)] = False
+    metadata: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        if self.tool_choice not in ("auto", "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if self.tool_choice not in ("auto", "none", "required") and self.tool_choice not in {
+            tool.name for tool in self.tools
+        }:
+            raise ValueError(f"tool_choice names no tool of this job: {self.tool_choice}")
+        return self
+
+    @property
+    def needs_vision(self) -> bool:
+        """Whether a part can only be read by a model that sees."""
+        return any(
+            isinstance(part, ImagePart | FilePart)
+            for message in self.messages
+            for part in message.content
+        )
+
+    def dump(self) -> bytes:
+        """Canonical JSON: the same spec always gives the same bytes.
+
+        Fields left at their default are absent, so that a later version, which knows more fields,
+        gives the same bytes for the same request.
+        """
+        given = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name == "version"
+            or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return orjson.dumps(
+            self.model_dump(mode="json", include=given, exclude_none=True),
+            option=orjson.OPT_SORT_KEYS,
+        )
+
+    @staticmethod
+    def digest(dumped: bytes) -> bytes:
+        """Hash that tells whether two requests are the same (SHA-256, 32 bytes)."""
+        return hashlib.sha256(dumped).digest()
+
+
+def build_spec(
+    use_case: str,
+    prompt: str | list[Message] | tuple[Message, ...],
+    **fields: Any,
+) -> JobSpec:
+    """Build a spec from a prompt or messages; raise `InvalidJob` that names the field."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InvalidJob("prompt", "must not be empty")
+        messages: Any = ({"role": "user", "content": [{"type": "text", "text": prompt}]},)
+    else:
+        messages = prompt
+    try:
+        spec = JobSpec(use_case=use_case, messages=messages, **fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(step) for step in first["loc"]) or "job"
+        raise InvalidJob(field, first["msg"].removeprefix("Value error, ")) from None
+    _check_size(spec)
+    return spec
+
+
+def _check_size(spec: JobSpec) -> None:
+    attachments = sum(
+        len(part.data or "")
+        for message in spec.messages
+        for part in message.content
+        if isinstance(part, ImagePart | FilePart)
+    )
+    if attachments > MAX_ATTACHMENT_BYTES:
+        raise InvalidJob(
+            "messages",
+            f"images and files take {attachments:,} bytes; {MAX_ATTACHMENT_BYTES:,} are allowed",
+        )
+    try:
+        text_bytes = len(spec.dump()) - attachments
+    except (PydanticSerializationError, orjson.JSONEncodeError) as error:
+        # A lone surrogate, an integer beyond 64 bits, an object.
+        raise InvalidJob("job", f"holds a value that JSON cannot carry: {error}") from None
+    if text_bytes > MAX_REQUEST_BYTES:
+        raise InvalidJob("prompt", f"takes {text_bytes:,} bytes; {MAX_REQUEST_BYTES:,} are allowed")
+
+
+class JobError(Frozen):
+    """Why a job ended without an answer, readable by a person."""
+
+    error_class: ErrorClass
+    message: str
+    provider: str | None = None
+    status: int | None = None
+    request_id: str | None = None
+
+
+class Result(Frozen):
+    """How a job ended: the answer, or the error, and what it cost over all attempts."""
+
+    version: Literal[1] = 1
+    job_id: UUID
+    state: State
+    use_case: str
+    text: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
+    finish_reason: str | None = None
+    #: The catalogue name of the provider row that answered, and the model it named.
+    provider: str | None = None
+    model: str | None = None
+    usage: Usage = Usage()
+    cost_nano_usd: int = 0
+    #: The same tokens at the baseline model's price.
+    baseline_nano_usd: int = 0
+    attempts: int = 0
+    error: JobError | None = None
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def cost_usd(self) -> float:
+        """Cost in dollars, for showing; sums are made with `cost_nano_usd`."""
+        return self.cost_nano_usd / 1e9
+
+    @property
+    def latency_s(self) -> float | None:
+        """Seconds from submit to the end, queueing included."""
+        if self.created_at is None or self.finished_at is None:
+            return None
+        return (self.finished_at - self.created_at).total_seconds()

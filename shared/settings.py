@@ -1,0 +1,171 @@
+"""Settings: read once from the environment and `.env`, checked, with units in the names."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sluicegate.shared.errors import SettingsError
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+#: The SDKs' own variables, without our prefix, so that one `.env` serves both.
+_SDK_VARIABLES = {
+    "openai_api_key": "OPENAI_API_KEY",
+    "openai_base_url": "OPENAI_BASE_URL",
+    "anthropic_api_key": "ANTHROPIC_API_KEY",
+    "anthropic_base_url": "ANTHROPIC_BASE_URL",
+}
+
+
+def _is_url(value: str, *schemes: str) -> bool:
+    try:
+        urlsplit(value).port  # noqa: B018 - raises ValueError unless it is a port number
+    except ValueError:
+        return False
+    return value.startswith(tuple(f"{scheme}://" for scheme in schemes))
+
+
+class Settings(BaseSettings):
+    """Every setting of the fleet; `.env.example` documents each for operators."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SLUICE_",
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+    )
+
+    # Where the truth lives
+    #: PostgreSQL, as a SQLAlchemy URL; `postgres://` and `postgresql://` are taken too.
+    database_url: SecretStr = SecretStr("postgresql+psycopg://sluice@127.0.0.1:5432/sluice")
+    #: Redis or Valkey: broker, reply channels and journal.
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    #: In front of every key and queue in Redis.
+    redis_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{0,64}$")] = "sluice:"
+    #: Connections to Postgres a process may hold.
+    database_pool_size: Count = 8
+    #: Connections to Redis a process may hold, the broker's own not counted.
+    redis_pool_size: Count = 16
+    #: Longest wait for a connection to Postgres or Redis.
+    connect_timeout_s: Seconds = 5
+    #: Longest wait for one answer from Postgres or Redis.
+    command_timeout_s: Seconds = 15
+
+    # Providers
+    openai_api_key: SecretStr | None = Field(default=None, validation_alias="OPENAI_API_KEY")
+    openai_base_url: str | None = Field(default=None, validation_alias="OPENAI_BASE_URL")
+    anthropic_api_key: SecretStr | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
+    anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
+    #: Which defaults route a use case: today's models, or the original system's while they live.
+    catalogue: Literal["current", "original"] = "current"
+    #: The model that savings are measured against.
+    baseline_model: Annotated[str, Field(min_length=1)] = "gpt-4o"
+    #: Age at which a process reads the catalogue again, even if nobody said that it changed.
+    catalogue_ttl_s: Seconds = 30
+
+    # Deadlines of one call
+    connect_deadline_s: Seconds = 10
+    first_token_deadline_s: Seconds = 30
+    idle_deadline_s: Seconds = 20
+    total_deadline_s: Seconds = 300
+
+    # Jobs
+    #: Seconds from submit to the deadline, when the caller names none.
+    interactive_deadline_s: Seconds = 300
+    bulk_deadline_s: Seconds = 86_400
+    #: Paid calls a job may take, over all providers.
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = 4
+    #: First and longest wait between attempts (full jitter).
+    retry_base_s: Seconds = 1
+    retry_max_s: Seconds = 300
+    #: A longer wait than this parks the job in Postgres instead of a worker's memory.
+    retry_park_above_s: Seconds = 30
+    #: Life of a reply channel after its last event.
+    reply_ttl_s: Seconds = 3600
+    #: How often a waiting reader looks at the row itself, so that a lost event cannot hang it.
+    reply_recheck_s: Seconds = 5
+    #: Deltas of one stream are collected this long before they are sent on.
+    delta_interval_s: Seconds = 0.025
+
+    # Workers
+    #: Jobs one worker process runs at the same time.
+    jobs_in_flight: Count = 500
+    #: Jobs one bulk message carries.
+    chunk_size: Annotated[int, Field(ge=1, le=500)] = 25
+    #: How long SIGTERM lets running calls finish.
+    grace_s: Seconds = 30
+    #: A worker writes its beat this often.
+    beat_interval_s: Seconds = 2
+    #: No call leaves unless a beat sent less than this ago was confirmed.
+    beat_valid_s: Seconds = 10
+    #: A beat that stands still this long, under unbroken watch, means a dead worker.
+    dead_after_s: Seconds = 15
+    #: Statements collect jobs this long; a call takes hundreds of times longer.
+    linger_s: Annotated[float, Field(ge=0)] = 0.004
+    #: The most jobs one statement carries.
+    coalesce_max: Count = 200
+    #: How long an unacked message stays with a worker before the broker offers it again.
+    visibility_timeout_s: Count = 3600
+
+    # Sweep
+    #: How often the sweep looks, when nothing wakes it.
+    sweep_interval_s: Seconds = 1
+    #: A queued row is lost when it is this much older than the oldest message of its queue.
+    lost_after_s: Seconds = 30
+    #: Bulk jobs that wait in the broker, per queue; the rest wait in Postgres.
+    stage_ahead_jobs: Count = 2000
+
+    @field_validator("database_url")
+    @classmethod
+    def _psycopg_url(cls, value: SecretStr) -> SecretStr:
+        url = value.get_secret_value()
+        for scheme in ("postgres://", "postgresql://"):
+            if url.startswith(scheme):
+                url = "postgresql+psycopg://" + url.removeprefix(scheme)
+        if not _is_url(url, "postgresql+psycopg"):
+            raise ValueError("must look like postgresql://user:password@host:5432/database")
+        return SecretStr(url)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, value: SecretStr) -> SecretStr:
+        if not _is_url(value.get_secret_value(), "redis", "rediss"):
+            raise ValueError("must look like redis://:password@host:6379/0")
+        return value
+
+    @property
+    def database_dsn(self) -> str:
+        """The database URL with its password, for opening connections only."""
+        return self.database_url.get_secret_value()
+
+    @property
+    def redis_dsn(self) -> str:
+        """The Redis URL with its password, for opening connections only."""
+        return self.redis_url.get_secret_value()
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the settings; raise `SettingsError` with one sentence for the first bad value."""
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # overrides are validated here
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        name = str(first["loc"][0])
+        variable = _SDK_VARIABLES.get(name, name if name.isupper() else f"SLUICE_{name.upper()}")
+        problem = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{variable}: {problem[0].lower()}{problem[1:]}") from None
+
+
+@cache
+def get_settings() -> Settings:
+    """Return the process-wide settings, read at first use."""
+    return load_settings()

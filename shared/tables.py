@@ -1,0 +1,299 @@
+"""All tables, in one place for Alembic. Hot statements are SQL beside the module that owns them.
+
+Times are `timestamptz` on Postgres' clock. Money is nano-USD in `bigint`. Requests, answers and
+raw usage are `json` (kept as written), apart from the narrow rows that queues and sweeps read.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, TIMESTAMP
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    }
+)
+
+_NOW = text("now()")
+_TIME = TIMESTAMP(timezone=True)
+
+
+def _one_of(column: str, *values: str) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("time_zone", Text, nullable=False, server_default="UTC"),
+    Column("is_active", Boolean, nullable=False, server_default=text("true")),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+)
+
+use_cases = Table(
+    "use_cases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("description", Text, nullable=False, server_default=""),
+    #: What routing orders by once capabilities fit.
+    Column("prefer", Text, nullable=False, server_default="priority"),
+    Column("max_tokens", Integer, nullable=False, server_default="1024"),
+    #: What happens to a job whose paid call has an unknown outcome.
+    Column("unknown_policy", Text, nullable=False, server_default="retry_once"),
+    Column("is_active", Boolean, nullable=False, server_default=text("true")),
+    _one_of("prefer", "priority", "cheapest", "fastest"),
+    _one_of("unknown_policy", "retry_once", "fail"),
+    CheckConstraint("max_tokens >= 1", name="max_tokens"),
+)
+
+llm_providers = Table(
+    "llm_providers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    #: The pool that serves it: its wire format.
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("base_url", Text),
+    Column("api_key_encrypted", Text),
+    #: Serves any use case that no other row claims.
+    Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    Column("use_case", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
+    #: Use cases it takes over when the rows meant for them have said no.
+    Column("failover", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
+    #: Longest answer the model gives.
+    Column("max_tokens", Integer, nullable=False),
+    Column("context_tokens", Integer, nullable=False),
+    Column("capabilities", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
+    Column("is_active", Boolean, nullable=False, server_default=text("true")),
+    #: Null: every account's.
+    Column("account_id", Uuid, ForeignKey("accounts.id", ondelete="CASCADE")),
+    #: Which default catalogue the row belongs to; null: an operator's own row, always in use.
+    Column("catalogue", Text),
+    #: Lower is tried first.
+    Column("priority", Integer, nullable=False, server_default="100"),
+    Column("requests_per_minute", Integer),
+    Column("input_tokens_per_minute", BigInteger),
+    Column("output_tokens_per_minute", BigInteger),
+    Column("max_concurrent", Integer),
+    Column("retires_at", _TIME),
+    Column("successor", Text),
+    #: Nano-USD a token by class; null: the price list knows.
+    Column("price_override", JSON),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("updated_at", _TIME, nullable=False, server_default=_NOW),
+    _one_of("provider", "openai", "anthropic"),
+    CheckConstraint("max_tokens >= 1", name="max_tokens"),
+    CheckConstraint("catalogue IN ('current', 'original')", name="catalogue"),
+    Index(
+        "llm_providers_name_key",
+        "account_id",
+        "name",
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+    ),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("pool", Text, nullable=False),
+    Column("lane", Text, nullable=False),
+    Column("queues", ARRAY(Text), nullable=False),
+    #: Counts up; a reader judges by whether it moves, never by clocks.
+    Column("beat", BigInteger, nullable=False, server_default="0"),
+    Column("running_jobs", Integer, nullable=False, server_default="0"),
+    #: `published_at` of the oldest message that is delivered and not yet claimed.
+    Column("oldest_unclaimed_at", _TIME),
+    Column("draining", Boolean, nullable=False, server_default=text("false")),
+    Column("started_at", _TIME, nullable=False, server_default=_NOW),
+    Column("seen_at", _TIME, nullable=False, server_default=_NOW),
+    _one_of("lane", "interactive", "bulk"),
+    # Beats are the most frequent update there is: leave room to do them in place.
+    postgresql_with={"fillfactor": "50"},
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("account_id", Uuid, ForeignKey("accounts.id"), nullable=False),
+    Column("use_case", Text, nullable=False),
+    Column("lane", Text, nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    #: Grows with every claim and with every transition by someone who does not hold the job.
+    Column("fence", BigInteger, nullable=False, server_default="0"),
+    Column("worker_id", Uuid),
+    Column("claim_id", Uuid),
+    Column("attempts_used", SmallInteger, nullable=False, server_default="0"),
+    Column("unknown_attempts", SmallInteger, nullable=False, server_default="0"),
+    Column("max_attempts", SmallInteger, nullable=False),
+    #: Provider rows that said no since the job last parked.
+    Column("refused", ARRAY(Uuid), nullable=False, server_default=text("'{}'::uuid[]")),
+    Column("cost_nano_usd", BigInteger, nullable=False, server_default="0"),
+    Column("run_at", _TIME, nullable=False, server_default=_NOW),
+    Column("deadline_at", _TIME, nullable=False),
+    #: When a message for this row was last published; null until then.
+    Column("published_at", _TIME),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("finished_at", _TIME),
+    Column("idempotency_key", Text),
+    Column("request_hash", LargeBinary, nullable=False),
+    Column("submitted_by", Text),
+    Column("submitted_from", Text),
+    Column("request_id", Text),
+    _one_of("lane", "interactive", "bulk"),
+    _one_of("state", "queued", "running", "parked", "succeeded", "failed", "cancelled", "expired"),
+    CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="holder"),
+    Index(
+        "jobs_idempotency_key",
+        "account_id",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    Index("jobs_account_idx", "account_id", "id"),
+    # Lost messages: per queue, the rows whose message should have been seen longest ago.
+    Index(
+        "jobs_queued_idx",
+        "queue",
+        text("greatest(published_at, run_at)"),
+        postgresql_where=text("state = 'queued'"),
+    ),
+    Index("jobs_parked_idx", "queue", "run_at", "id", postgresql_where=text("state = 'parked'")),
+    Index("jobs_running_idx", "worker_id", postgresql_where=text("state = 'running'")),
+    Index(
+        "jobs_deadline_idx",
+        "deadline_at",
+        postgresql_where=text("state IN ('queued', 'parked')"),
+    ),
+)
+
+job_bodies = Table(
+    "job_bodies",
+    metadata,
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("request", JSON, nullable=False),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("number", SmallInteger, nullable=False),
+    #: No foreign key: the row of a dead worker goes, its attempts stay.
+    Column("worker_id", Uuid, nullable=False),
+    Column("account_id", Uuid, nullable=False),
+    Column("use_case", Text, nullable=False),
+    Column("provider_id", Uuid, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    #: Worst-case cost, held while the outcome is open.
+    Column("reserved_nano_usd", BigInteger, nullable=False),
+    #: The worst case at the baseline model's price.
+    Column("baseline_reserved_nano_usd", BigInteger, nullable=False),
+    Column("dispatched_at", _TIME, nullable=False, server_default=_NOW),
+    Column("ended_at", _TIME),
+    Column("first_token_ms", Integer),
+    Column("duration_ms", Integer),
+    Column("error_class", Text),
+    Column("error_message", Text),
+    Column("status", SmallInteger),
+    Column("request_id", Text),
+    _one_of(
+        "state",
+        "dispatching",
+        "succeeded",
+        "failed",
+        "cancelled",
+        "void",
+        "unknown",
+        "corrected",
+    ),
+    CheckConstraint("reserved_nano_usd >= 0", name="reserved"),
+    Index("attempts_job_idx", "job_id"),
+    Index(
+        "attempts_dispatching_idx",
+        "worker_id",
+        postgresql_where=text("state = 'dispatching'"),
+    ),
+)
+
+cost_entries = Table(
+    "cost_entries",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("attempt_id", Uuid, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    Column("account_id", Uuid, ForeignKey("accounts.id"), nullable=False),
+    Column("use_case", Text, nullable=False),
+    Column("provider_id", Uuid, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("amount_nano_usd", BigInteger, nullable=False),
+    Column("baseline_nano_usd", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cache_read_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cache_write_5m_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cache_write_1h_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("output_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("raw_usage", JSON),
+    Column("price_version", Text, nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    _one_of("kind", "actual", "estimate", "correction"),
+    # At most one first entry an attempt, and at most one correction.
+    Index(
+        "cost_entries_first_key",
+        "attempt_id",
+        unique=True,
+        postgresql_where=text("kind <> 'correction'"),
+    ),
+    Index(
+        "cost_entries_correction_key",
+        "attempt_id",
+        unique=True,
+        postgresql_where=text("kind = 'correction'"),
+    ),
+    Index("cost_entries_account_idx", "account_id", "created_at"),
+)
+
+results = Table(
+    "results",
+    metadata,
+    # The key is what makes a second result impossible.
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("attempt_id", Uuid),
+    Column("fence", BigInteger, nullable=False),
+    Column("body", JSON, nullable=False),
+)

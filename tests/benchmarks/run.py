@@ -1,0 +1,151 @@
+"""The benchmarks: `./dev bench`, or `python tests/benchmarks/run.py --case fleet_chunk_25`.
+
+One JSON line a case on stdout, each value the median of the rounds; progress and a table on
+stderr. The rounds go over all cases in turn, so that the noise of a shared machine hits all alike.
+Ratios hold; a rate holds for the machine it was measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# Run by its path, also where the project is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sluicegate.shared.errors import SluiceError
+from tests.benchmarks.cases import CASES, Case
+from tests.benchmarks.measuring import BenchError, Cores, Measured, Summary, summarise
+from tests.benchmarks.rounds import measure
+from tests.benchmarks.stage import Stage
+
+REFERENCE = "plain_asyncio"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks and return an exit code."""
+    options = _options(arguments)
+    console = Console(stderr=True, quiet=options.json_only)
+    cases = [case for case in CASES if not options.case or case.name in options.case]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
+            Path(folder).chmod(0o711)  # the servers' own user walks through it
+            found = run(Path(folder), cases, options.rounds, options.seconds, console)
+    except (BenchError, SluiceError) as problem:
+        sys.stderr.write(f"bench: {problem}\n")
+        return 1
+    reference = found.get(REFERENCE, [])
+    summaries = [summarise(name, rounds, reference) for name, rounds in found.items()]
+    for summary in summaries:
+        sys.stdout.write(f"{json.dumps(as_line(summary))}\n")
+    console.print(table(summaries, options.rounds, options.seconds))
+    return 0
+
+
+def run(
+    folder: Path, cases: Sequence[Case], rounds: int, seconds: float, console: Console
+) -> dict[str, list[Measured]]:
+    """Measure every case in every round; return the rounds by case."""
+    found: dict[str, list[Measured]] = defaultdict(list)
+    cores = Cores.choose()
+    if cores.measured == cores.others:
+        console.print("There is one core only: the servers share it, so the rates are too low.")
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress, Stage(folder, cores) as stage:
+        task = progress.add_task("", total=rounds * len(cases))
+        for number in range(1, rounds + 1):
+            for case in cases:
+                progress.update(task, description=f"{case.name:<24}")
+                measured = measure(stage, case, seconds)
+                found[case.name].append(measured)
+                progress.advance(task)
+                console.print(
+                    f"round {number}  {case.name:<24} {measured.jobs_per_s:7.1f} jobs/s"
+                    f"  {measured.cpu_ms_per_job:5.2f} ms CPU a job  {measured.rss_mib:6.0f} MiB"
+                    f"  {measured.busy:4.0%} busy",
+                    highlight=False,
+                )
+    return found
+
+
+def as_line(summary: Summary) -> dict[str, object]:
+    """Return what is printed of a case, rounded to what the measurement is worth."""
+    line: dict[str, object] = {
+        "case": summary.case,
+        "jobs_per_s": round(summary.jobs_per_s, 1),
+        "cpu_ms_per_job": round(summary.cpu_ms_per_job, 3),
+        "rss_mib": round(summary.rss_mib, 1),
+        "ratio": None if summary.ratio is None else round(summary.ratio, 3),
+    }
+    if summary.case == "fleet_in_flight_2000":
+        line["peak_in_flight"] = summary.peak_in_flight
+    return line
+
+
+def table(summaries: Sequence[Summary], rounds: int, seconds: float) -> Table:
+    """Make the table for people."""
+    what = {case.name: case.what for case in CASES}
+    shown = Table(
+        title=f"Medians of {rounds} interleaved rounds of {seconds:g} s, one core",
+        caption="slowest-fastest: the rounds' jobs/s; busy: the measured core",
+    )
+    shown.add_column("case", no_wrap=True)
+    shown.add_column("what")
+    columns = ("jobs/s", "slowest-fastest", "ratio", "CPU ms/job", "MiB", "in flight", "busy")
+    for name in columns:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for summary in summaries:
+        shown.add_row(
+            summary.case,
+            what[summary.case],
+            f"{summary.jobs_per_s:.0f}",
+            f"{summary.slowest_per_s:.0f}-{summary.fastest_per_s:.0f}",
+            "" if summary.ratio is None else f"{summary.ratio:.2f}",
+            f"{summary.cpu_ms_per_job:.2f}",
+            f"{summary.rss_mib:.0f}",
+            str(summary.peak_in_flight),
+            f"{summary.busy:.0%}",
+        )
+    return shown
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description="Measures speed, as ratios.")
+    names = [case.name for case in CASES]
+    parser.add_argument(
+        "--case", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6, help="length of each window")
+    parser.add_argument("--json-only", action="store_true", help="no progress, no table")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if not 0 < options.seconds <= 600:
+        parser.error("--seconds must be above 0 and at most 600")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

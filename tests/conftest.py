@@ -1,0 +1,249 @@
+"""What all tests share: real servers, a database and a corner of Redis of their own, no leaks.
+
+Each test process starts an embedded PostgreSQL and Valkey when the first test asks for one.
+SLUICE_TEST_DATABASE_URL and SLUICE_TEST_REDIS_URL name servers to be used instead; the user of
+the first must be allowed to create databases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import redis
+import redis.asyncio
+from hypothesis import settings as hypothesis_settings
+from pydantic import SecretStr
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
+
+from sluicegate.shared import migrations
+from sluicegate.shared.database import make_async_engine, make_engine
+from sluicegate.shared.settings import Settings, get_settings
+from sluicegate.workers.local.processes import end, spawn
+from sluicegate.workers.local.sandbox_control import SandboxControl
+from sluicegate.workers.local.servers import EmbeddedPostgres, EmbeddedValkey
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_DEVELOPERS_OWN = ("SLUICE_", "OPENAI_", "ANTHROPIC_")
+_FOR_TESTS = "SLUICE_TEST_"
+
+# The same examples in every run: a failure is found by the one who caused it.
+hypothesis_settings.register_profile("quick", derandomize=True, deadline=None, database=None)
+hypothesis_settings.register_profile(
+    "full", derandomize=True, deadline=None, database=None, max_examples=2000
+)
+
+
+def pytest_configure() -> None:
+    """Forget the developer's settings, here and for the processes that tests start."""
+    for name in list(os.environ):
+        if name.startswith(_DEVELOPERS_OWN) and not name.startswith(_FOR_TESTS):
+            del os.environ[name]
+    # A child process finds this checkout wherever it is started.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    hypothesis_settings.load_profile("full" if os.environ.get("SLUICE_TEST_FULL") else "quick")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run each test in an empty folder: a developer's `.env` is not read, nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    get_settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def server_folder() -> Iterator[Path]:
+    """Return a folder for servers' data, gone at the end (pytest keeps its own)."""
+    folder = Path(tempfile.mkdtemp(prefix="sluice-tests-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Databases:
+    """A PostgreSQL server that makes databases in a moment."""
+
+    #: Of a database to connect to while others are made and dropped.
+    url: str
+    #: A migrated database to copy.
+    template: str
+
+    @contextmanager
+    def database(self, *, template: str = "template1") -> Iterator[str]:
+        """Make a database for the length of a `with`; yield its URL."""
+        name = f"test_{uuid4().hex}"
+        self._run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield _with_database(self.url, name)
+        finally:
+            self._run(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def _run(self, statement: str) -> None:
+        engine = create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(statement))
+
+
+def _with_database(url: str, name: str) -> str:
+    return make_url(url).set(database=name).render_as_string(hide_password=False)
+
+
+def _settings(**values: object) -> Settings:
+    return Settings(_env_file=None, **values)  # type: ignore[arg-type]  # as in load_settings
+
+
+@pytest.fixture(scope="session")
+def postgres(server_folder: Path) -> Iterator[Databases]:
+    """Return the PostgreSQL server of this test process."""
+    with _postgres_url(server_folder) as given:
+        url = _settings(database_url=given).database_dsn
+        empty = Databases(url, template="template1")
+        with empty.database() as template_url:
+            migrations.upgrade(_settings(database_url=template_url))
+            yield Databases(url, template=str(make_url(template_url).database))
+
+
+@contextmanager
+def _postgres_url(folder: Path) -> Iterator[str]:
+    if given := os.environ.get("SLUICE_TEST_DATABASE_URL"):
+        yield given
+        return
+    with EmbeddedPostgres(data_dir=folder / "postgres", fsync=False) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def valkey(server_folder: Path) -> Iterator[str]:
+    """Return the URL of the Valkey or Redis server of this test process."""
+    if given := os.environ.get("SLUICE_TEST_REDIS_URL"):
+        yield given
+        return
+    with EmbeddedValkey(data_dir=server_folder / "valkey") as server:
+        yield server.url
+
+
+@pytest.fixture
+def empty_database(postgres: Databases) -> Iterator[str]:
+    """Return the URL of a database with nothing in it."""
+    with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture
+def settings(postgres: Databases, valkey: str) -> Iterator[Settings]:
+    """Return settings with a fresh, migrated database and a Redis prefix of the test's own.
+
+    Values may be changed with `settings.model_copy(update={...})`.
+    """
+    prefix = f"test-{uuid4().hex}:"
+    with postgres.database(template=postgres.template) as url:
+        yield _settings(database_url=url, redis_url=valkey, redis_prefix=prefix)
+    with redis.Redis.from_url(valkey) as client:
+        for key in client.scan_iter(match=f"{prefix}*", count=1000):
+            client.delete(key)
+
+
+@pytest.fixture
+def environment() -> Callable[[Settings], dict[str, str]]:
+    """Return a function that gives a child process's environment for some settings."""
+
+    def build(settings: Settings) -> dict[str, str]:
+        variables = dict(os.environ)
+        for name, field in Settings.model_fields.items():
+            value = getattr(settings, name)
+            if value is None:
+                continue
+            variable = str(field.validation_alias or f"SLUICE_{name.upper()}")
+            plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+            variables[variable] = str(plain)
+        return variables
+
+    return build
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    """Return a synchronous engine for the test's database."""
+    engine = make_engine(settings, application_name="test")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+async def async_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
+    """Return an asyncio engine for the test's database."""
+    engine = make_async_engine(settings, application_name="test")
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+def redis_client(settings: Settings) -> Iterator[redis.Redis]:
+    """Return a client of the test's Redis; keys need `settings.redis_prefix`."""
+    with redis.Redis.from_url(settings.redis_dsn) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_redis(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
+    """Return an asyncio client of the test's Redis; keys need `settings.redis_prefix`."""
+    async with redis.asyncio.Redis.from_url(settings.redis_dsn) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def _sandbox_process() -> Iterator[SandboxControl]:
+    argv = [sys.executable, "-m", "sluicegate.workers.local.sandbox"]
+    argv += ["--latency-ms", "5", "--first-token-ms", "2", "--tokens-per-s", "5000"]
+    process = spawn(argv, death_signal=signal.SIGTERM, output=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as said:
+        try:
+            first_line = said.readline()
+            assert first_line.startswith(b"{"), first_line + said.read()
+            port = json.loads(first_line)["port"]
+            yield SandboxControl(f"http://127.0.0.1:{port}")
+        finally:
+            end(process, (signal.SIGTERM, 5.0))
+
+
+@pytest.fixture
+def sandbox(_sandbox_process: SandboxControl) -> Iterator[SandboxControl]:
+    """Return the control of this test process's sandbox provider, its books empty.
+
+    It answers in 5 ms; `sandbox.settings(latency_ms=300)` slows it for the length of a test.
+    """
+    usual = _sandbox_process.settings()
+    _sandbox_process.reset()
+    yield _sandbox_process
+    _sandbox_process.reset()
+    _sandbox_process.settings(**usual)
+
+
+@pytest.fixture
+def sandbox_settings(settings: Settings, sandbox: SandboxControl) -> Settings:
+    """Return `settings` with the sandbox as both providers."""
+    return settings.model_copy(
+        update={
+            "openai_api_key": SecretStr("sandbox"),
+            "openai_base_url": sandbox.openai_base_url,
+            "anthropic_api_key": SecretStr("sandbox"),
+            "anthropic_base_url": sandbox.anthropic_base_url,
+        }
+    )

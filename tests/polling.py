@@ -1,0 +1,49 @@
+"""Waiting for what other processes do: poll with a deadline, never sleep and hope."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_POLL_S = 0.02
+
+
+def eventually(fn: Callable[[], T], timeout_s: float = 30.0) -> T:
+    """Call `fn` until it returns something true, and return that.
+
+    An `AssertionError` in `fn` means not yet; when time is up it is what the test fails with.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    while True:
+        late = time.monotonic() > give_up_at
+        try:
+            value = fn()
+        except AssertionError:
+            if late:
+                raise
+        else:
+            if value:
+                return value
+            assert not late, f"after {timeout_s:g} s it is still {value!r}"
+        time.sleep(_POLL_S)
+
+
+async def eventually_async(fn: Callable[[], Awaitable[T]], timeout_s: float = 30.0) -> T:
+    """Await `fn()` until it returns something true, as `eventually` does."""
+    give_up_at = time.monotonic() + timeout_s
+    while True:
+        late = time.monotonic() > give_up_at
+        try:
+            value = await fn()
+        except AssertionError:
+            if late:
+                raise
+        else:
+            if value:
+                return value
+            assert not late, f"after {timeout_s:g} s it is still {value!r}"
+        await asyncio.sleep(_POLL_S)

@@ -1,0 +1,1 @@
+"""What runs the jobs: pools, adapters, the sweep and the embedded servers."""

@@ -1,0 +1,120 @@
+"""Commands that run the fleet: `up`, `worker`, `sweep`, `db upgrade`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from sqlalchemy import select
+
+from sluicegate.shared.database import make_engine
+from sluicegate.shared.errors import SettingsError
+from sluicegate.shared.jobs import Lane
+from sluicegate.shared.migrations import current, upgrade
+from sluicegate.shared.queues import POOLS, pool_queues
+from sluicegate.shared.settings import Settings, get_settings
+from sluicegate.shared.tables import use_cases
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+db = typer.Typer(no_args_is_help=True, help="The database schema.")
+app.add_typer(db, name="db")
+
+#: Where `sluice up` keeps its embedded servers' data, unless told otherwise.
+DEFAULT_DATA_DIR = Path(".sluice")
+
+
+def worker_argv(pool: str, lane: Lane, queues: list[str]) -> list[str]:
+    """Return the command line of a worker process: plain Celery, in this interpreter."""
+    name = f"{pool}-{lane.value}@%h"
+    return [
+        *(sys.executable, "-m", "celery", "-A", "sluicegate.workers.app", "worker"),
+        *("-Q", ",".join(queues), "-n", name),
+        *("--without-gossip", "--without-mingle", "--loglevel", "WARNING"),
+    ]
+
+
+def known_use_cases(settings: Settings) -> list[str]:
+    """Return the names of all use cases; raises a connection error if Postgres is away."""
+    engine = make_engine(settings, pool_size=1)
+    try:
+        with engine.connect() as connection:
+            return list(connection.scalars(select(use_cases.c.name).order_by(use_cases.c.name)))
+    finally:
+        engine.dispose()
+
+
+@app.command(epilog="Example: sluice worker anthropic --lane bulk")
+def worker(
+    pool: Annotated[str, typer.Argument(help=f"Whose workers: {' or '.join(POOLS)}.")],
+    lane: Annotated[Lane, typer.Option(help="Which lane it serves.")] = Lane.INTERACTIVE,
+    queues: Annotated[
+        str | None, typer.Option("-Q", "--queues", help="Only these queues, with commas between.")
+    ] = None,
+) -> None:
+    """Run one worker process of a pool, in the foreground. SIGTERM drains it."""
+    if pool not in POOLS:
+        raise SettingsError(f"POOL: {pool!r} is not a pool; there are {', '.join(POOLS)}")
+    names = (
+        queues.split(",") if queues else pool_queues(known_use_cases(get_settings()), pool, lane)
+    )
+    argv = worker_argv(pool, lane, names)
+    os.execv(argv[0], argv)  # noqa: S606 - our own interpreter, our own arguments
+
+
+@app.command(epilog="Example: sluice sweep")
+def sweep() -> None:
+    """Run the sweep: stages bulk work, rescues dead workers' jobs, publishes what was lost."""
+    from sluicegate.workers.sweep.loops import Sweep  # noqa: PLC0415 - other commands start faster
+
+    async def run() -> None:
+        loops = asyncio.ensure_future(Sweep(get_settings()).run())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, loops.cancel)
+        try:
+            await loops
+        except asyncio.CancelledError:
+            return
+
+    asyncio.run(run())
+
+
+@db.command("upgrade", epilog="Example: sluice db upgrade")
+def db_upgrade(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Bring the database schema to this version."""
+    settings = get_settings()
+    upgrade(settings)
+    revision = current(settings)
+    if as_json:
+        typer.echo(json.dumps({"revision": revision}))
+    else:
+        typer.echo(f"The schema is at revision {revision}.")
+
+
+@app.command(epilog="Example: sluice up --sandbox")
+def up(
+    sandbox: Annotated[
+        bool, typer.Option(help="Use the sandbox provider instead of paid ones.")
+    ] = False,
+    data_dir: Annotated[
+        Path, typer.Option(help="Where embedded servers keep their data.")
+    ] = DEFAULT_DATA_DIR,
+    bulk: Annotated[bool, typer.Option(help="Also run workers for the bulk lane.")] = True,
+) -> None:
+    """Run the whole fleet in the foreground: servers unless URLs are given, workers, sweep."""
+    from sluicegate.workers.local.fleet import Fleet  # noqa: PLC0415 - needs the local extra
+
+    console = Console(stderr=True)
+    with Fleet(data_dir=data_dir, sandbox=sandbox, bulk=bulk, echo=True) as fleet:
+        console.print(f"[green]The fleet runs.[/] Postgres and Redis: {fleet.where}. Stop: Ctrl-C")
+        for name, value in fleet.client_environment.items():
+            typer.echo(f"export {name}={value}")
+        raise typer.Exit(fleet.run_until_stopped())

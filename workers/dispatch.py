@@ -1,0 +1,92 @@
+"""Dispatch: recording an attempt, with its reservation, before its call leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sluicegate.workers.coalescing import Coalescer
+from sluicegate.workers.statements import execute, through_disconnects
+
+# Locks go workers, jobs, attempts, each by key. A job that was lost on the way (another fence, or
+# no worker row any more) gets no attempt, so no call is made for it. The last branch answers a
+# repeat: attempt ids are made by the worker, so the same statement twice opens them once.
+_DISPATCH = """
+WITH me AS (
+    SELECT id FROM workers WHERE id = ANY(%(worker_ids)s::uuid[]) ORDER BY id FOR KEY SHARE
+), wanted AS (
+    SELECT * FROM json_to_recordset(%(items)s::json) AS t(
+        attempt_id uuid, job_id uuid, worker_id uuid, fence bigint, number smallint,
+        provider_id uuid, provider text, model text,
+        reserved_nano_usd bigint, baseline_reserved_nano_usd bigint)
+), held AS (
+    SELECT wanted.*, j.account_id, j.use_case
+    FROM wanted JOIN jobs j ON j.id = wanted.job_id JOIN me ON me.id = wanted.worker_id
+    WHERE j.fence = wanted.fence AND j.state = 'running'
+    ORDER BY j.id
+    FOR NO KEY UPDATE OF j
+), opened AS (
+    INSERT INTO attempts (id, job_id, fence, number, worker_id, account_id, use_case, provider_id,
+                          provider, model, state, reserved_nano_usd, baseline_reserved_nano_usd)
+    SELECT attempt_id, job_id, fence, number, worker_id, account_id, use_case, provider_id,
+           provider, model, 'dispatching', reserved_nano_usd, baseline_reserved_nano_usd
+    FROM held
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+)
+SELECT id FROM opened
+UNION ALL
+SELECT a.id FROM wanted JOIN attempts a ON a.id = wanted.attempt_id
+WHERE a.state = 'dispatching'
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One paid call: which job, at which provider row, and what it may cost at most."""
+
+    attempt_id: UUID
+    job_id: UUID
+    worker_id: UUID
+    fence: int
+    number: int
+    provider_id: UUID
+    #: The row's catalogue name.
+    provider: str
+    model: str
+    reserved_nano_usd: int
+    baseline_reserved_nano_usd: int
+
+
+class Dispatcher:
+    """Opens attempts. One that is not opened was refused, and its call must not be made."""
+
+    def __init__(
+        self, *, engine: AsyncEngine, max_items: int, linger_s: float, give_up_after_s: float
+    ) -> None:
+        self._engine = engine
+        self._give_up_after_s = give_up_after_s
+        self._open = Coalescer[Attempt, bool](
+            statement=self._open_many, max_items=max_items, linger_s=linger_s
+        )
+
+    async def open(self, attempt: Attempt) -> bool:
+        """Record the attempt; False if the job is no longer this worker's.
+
+        Raises a connection error if Postgres stays away: the outcome is then unknown to us, and
+        the sweep's to resolve, so the call must not be made.
+        """
+        return await self._open(attempt)
+
+    async def _open_many(self, attempts: Sequence[Attempt]) -> list[bool]:
+        items = [asdict(attempt) for attempt in attempts]
+        worker_ids = list({attempt.worker_id for attempt in attempts})
+        rows = await through_disconnects(
+            lambda: execute(self._engine, _DISPATCH, items, worker_ids=worker_ids),
+            give_up_after_s=self._give_up_after_s,
+        )
+        opened = {row.id for row in rows}
+        return [attempt.attempt_id in opened for attempt in attempts]

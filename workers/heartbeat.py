@@ -1,0 +1,154 @@
+"""Beats: the lease of a worker process, and the permission to let calls leave.
+
+The lease is the worker's, not the job's: one row, one small update every two seconds. A call
+leaves only while the last confirmed beat was *sent* less than `valid_s` ago on this process' own
+monotonic clock, and the sweep declares a worker dead only after watching a beat stand still for
+longer than that: a call of a worker that is declared dead has left before it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sluicegate.shared.ids import new_id
+from sluicegate.shared.jobs import Lane
+from sluicegate.workers.statements import execute
+
+log = logging.getLogger(__name__)
+
+_ENTER = """
+INSERT INTO workers (id, name, pool, lane, queues)
+VALUES (%(id)s, %(name)s, %(pool)s, %(lane)s, %(queues)s)
+"""
+
+_BEAT = """
+UPDATE workers
+SET beat = beat + 1, seen_at = now(), running_jobs = %(running_jobs)s,
+    oldest_unclaimed_at = %(oldest_unclaimed_at)s, draining = %(draining)s
+WHERE id = %(id)s
+RETURNING id
+"""
+
+_LEAVE = "DELETE FROM workers WHERE id = %(id)s"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a beat reports beside being alive."""
+
+    running_jobs: int
+    #: `published_at` of the oldest message that is delivered here and not yet claimed.
+    oldest_unclaimed_at: datetime | None
+    draining: bool
+
+
+class Heartbeat:
+    """The row of this worker. `engine` is its own: a busy pool must not delay a beat."""
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        name: str,
+        pool: str,
+        lane: Lane,
+        queues: Sequence[str],
+        interval_s: float,
+        valid_s: float,
+        load: Callable[[], Load],
+        renamed: Callable[[UUID], None],
+    ) -> None:
+        self._engine = engine
+        self._name = name
+        self._pool = pool
+        self._lane = lane
+        self._queues = list(queues)
+        self._interval_s = interval_s
+        self._valid_s = valid_s
+        self._load = load
+        self._renamed = renamed
+        self._valid_until = 0.0
+        self._confirmed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.worker_id = new_id()
+
+    async def start(self) -> None:
+        """Enter the row and begin to beat; raises if Postgres does not answer."""
+        await self._enter()
+        self._task = asyncio.get_running_loop().create_task(self._loop())
+
+    async def stop(self) -> None:
+        """Stop beating. The row stays: see `leave`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def leave(self) -> None:
+        """Delete the row: whatever still bears this worker's name is then the sweep's."""
+        await execute(self._engine, _LEAVE, id=self.worker_id)
+
+    @property
+    def valid(self) -> bool:
+        """Whether a call may leave now."""
+        return asyncio.get_running_loop().time() < self._valid_until
+
+    async def wait_valid(self) -> None:
+        """Wait until a call may leave."""
+        while not self.valid:
+            self._confirmed.clear()
+            await self._confirmed.wait()
+
+    async def _enter(self) -> None:
+        sent = asyncio.get_running_loop().time()
+        await execute(
+            self._engine,
+            _ENTER,
+            id=self.worker_id,
+            name=self._name,
+            pool=self._pool,
+            lane=self._lane.value,
+            queues=self._queues,
+        )
+        self._confirm(sent)
+
+    def _confirm(self, sent: float) -> None:
+        self._valid_until = sent + self._valid_s
+        self._confirmed.set()
+
+    async def _loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self._beat()
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("a beat was not confirmed (%s)", type(error).__name__)
+
+    async def _beat(self) -> None:
+        load = self._load()
+        sent = asyncio.get_running_loop().time()
+        rows = await execute(
+            self._engine,
+            _BEAT,
+            id=self.worker_id,
+            running_jobs=load.running_jobs,
+            oldest_unclaimed_at=load.oldest_unclaimed_at,
+            draining=load.draining,
+        )
+        if rows:
+            self._confirm(sent)
+            return
+        # Declared dead while it was away. What it holds is no longer its own: the fence turns
+        # those results into corrections. It starts again under a new id.
+        log.warning("this worker was declared dead while it did not answer; it starts anew")
+        self._valid_until = 0.0
+        self.worker_id = new_id()
+        await self._enter()
+        self._renamed(self.worker_id)

@@ -1,0 +1,236 @@
+"""A worker process from start to stop: its parts, its loops, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from uuid import UUID
+
+import redis.asyncio
+from celery import Celery
+from sqlalchemy.exc import SQLAlchemyError
+
+from sluicegate.shared.catalogue import AsyncCatalogueCache
+from sluicegate.shared.celery_app import JobMessage, send
+from sluicegate.shared.database import check_schema, make_async_engine
+from sluicegate.shared.errors import SettingsError
+from sluicegate.shared.queues import parse_queue
+from sluicegate.shared.redis_client import make_async_redis
+from sluicegate.shared.settings import Settings
+from sluicegate.workers.claims import Claims
+from sluicegate.workers.dispatch import Dispatcher
+from sluicegate.workers.execution import Again, Execution, Parts
+from sluicegate.workers.heartbeat import Heartbeat, Load
+from sluicegate.workers.journal import Journal
+from sluicegate.workers.providers.base import Adapters
+from sluicegate.workers.publishing import Publisher
+from sluicegate.workers.replies import Replies
+from sluicegate.workers.retry import RetryPolicy
+from sluicegate.workers.settlement import Settler
+from sluicegate.workers.slots import Slots
+from sluicegate.workers.sweep.rescuer import resolve_lost
+
+log = logging.getLogger(__name__)
+
+#: Connections to the providers above the jobs in flight, so that ours is never the limit.
+_SPARE_CONNECTIONS = 50
+_RELEASE_INTERVAL_S = 10.0
+
+
+class Served:
+    """Which queues a worker serves, and so its pool and lane."""
+
+    def __init__(self, queues: Sequence[str]) -> None:
+        names = [parse_queue(name) for name in queues]
+        pools = {name.pool for name in names}
+        lanes = {name.lane for name in names}
+        if len(pools) != 1:
+            raise SettingsError(
+                "a worker serves one pool: start it with -Q and queues of one pool, "
+                "such as -Q draft.anthropic,summary.anthropic"
+            )
+        if len(lanes) != 1:
+            raise SettingsError(
+                "a worker serves one lane, so that bulk work never delays interactive work: "
+                "start one process for the queues ending in .bulk and one for the others"
+            )
+        self.queues = list(queues)
+        self.pool = pools.pop()
+        self.lane = lanes.pop()
+
+
+class Worker:
+    """What a worker process holds beside Celery."""
+
+    def __init__(self, *, settings: Settings, app: Celery, name: str, served: Served) -> None:
+        self._settings = settings
+        self._app = app
+        self._name = name
+        self._served = served
+        self._unclaimed: dict[object, datetime] = {}
+        self._draining = False
+        self._started = False
+        self._chores: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Connect, check the schema, enter the worker's row; raises a clear error."""
+        settings = self._settings
+        self._engine = make_async_engine(settings, application_name=f"sluice {self._name}")
+        self._beat_engine = make_async_engine(
+            settings, application_name=f"sluice beat {self._name}", pool_size=1
+        )
+        async with self._engine.connect() as connection:
+            await connection.run_sync(check_schema)
+        self._redis = make_async_redis(settings)
+        # An SDK takes a second to import: now, before there is anything to hold up.
+        importlib.import_module(f"sluicegate.workers.providers.{self._served.pool}")
+        self._adapters = Adapters(max_connections=settings.jobs_in_flight + _SPARE_CONNECTIONS)
+        self._heartbeat = Heartbeat(
+            engine=self._beat_engine,
+            name=self._name,
+            pool=self._served.pool,
+            lane=self._served.lane,
+            queues=self._served.queues,
+            interval_s=settings.beat_interval_s,
+            valid_s=settings.beat_valid_s,
+            load=self._load,
+            renamed=self._rename,
+        )
+        self._slots = Slots(settings.jobs_in_flight)
+        self._claims = Claims(
+            engine=self._engine,
+            worker_id=self._heartbeat.worker_id,
+            queues=self._served.queues,
+            max_items=settings.coalesce_max,
+            linger_s=settings.linger_s,
+            give_up_after_s=settings.grace_s,
+        )
+        journal = Journal(client=self._redis, prefix=settings.redis_prefix)
+        self._replies = Replies(
+            client=self._redis,
+            prefix=settings.redis_prefix,
+            ttl_s=settings.reply_ttl_s,
+            delta_interval_s=settings.delta_interval_s,
+            max_items=settings.coalesce_max,
+            linger_s=settings.linger_s,
+        )
+        self.execution = Execution(
+            Parts(
+                settings=settings,
+                engine=self._engine,
+                redis=self._redis,
+                catalogue=AsyncCatalogueCache(
+                    prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
+                ),
+                adapters=self._adapters,
+                heartbeat=self._heartbeat,
+                claims=self._claims,
+                dispatcher=Dispatcher(
+                    engine=self._engine,
+                    max_items=settings.coalesce_max,
+                    linger_s=settings.linger_s,
+                    give_up_after_s=settings.grace_s,
+                ),
+                settler=Settler(
+                    engine=self._engine,
+                    max_items=settings.coalesce_max,
+                    linger_s=settings.linger_s,
+                    journal=journal.append,
+                    forget=journal.forget,
+                ),
+                replies=self._replies,
+                slots=self._slots,
+                retry=RetryPolicy(
+                    base_s=settings.retry_base_s,
+                    max_s=settings.retry_max_s,
+                    park_above_s=settings.retry_park_above_s,
+                ),
+            )
+        )
+        await self._heartbeat.start()
+        self._started = True
+        self._chores = asyncio.get_running_loop().create_task(self._release_lost())
+        log.info("worker %s serves %s", self._heartbeat.worker_id, ", ".join(self._served.queues))
+
+    async def run(
+        self,
+        job_ids: Sequence[UUID],
+        *,
+        published_at: datetime | None,
+        claimed: Callable[[], None],
+    ) -> list[Again]:
+        """Run the jobs of one message; see `Execution.run`."""
+        token = object()
+        if published_at is not None:
+            self._unclaimed[token] = published_at
+
+        def note_claimed() -> None:
+            self._unclaimed.pop(token, None)
+            claimed()
+
+        try:
+            return await self.execution.run(job_ids, note_claimed)
+        finally:
+            self._unclaimed.pop(token, None)
+
+    async def drain(self, _deadline_s: float) -> None:
+        """Stop beginning work: messages that wait for slots go back to the broker."""
+        self._draining = True
+        self.execution.stopping = True
+        self._slots.close()
+
+    async def stop(self) -> None:
+        """Hand back what is left, as the sweep would, and close everything."""
+        if not self._started:
+            return  # there is nothing to hand back, and the process ends
+        if self._chores is not None:
+            self._chores.cancel()
+            await asyncio.gather(self._chores, return_exceptions=True)
+        await self._heartbeat.stop()
+        try:
+            # Without its row this worker is dead to the fleet: jobs it had not dispatched are
+            # queued again, calls that were cut off become unknown attempts.
+            await self._heartbeat.leave()
+            await self._publish(await resolve_lost(self._engine, self._replies))
+        except (SQLAlchemyError, OSError) as error:
+            log.warning(
+                "Postgres is away (%s): the sweep will resolve what is left here",
+                type(error).__name__,
+            )
+        await self._replies.close()
+        await self._adapters.close()
+        with suppress(redis.RedisError, OSError):
+            await self._redis.aclose()
+        await self._engine.dispose()
+        await self._beat_engine.dispose()
+
+    def _load(self) -> Load:
+        return Load(
+            running_jobs=self._slots.taken,
+            oldest_unclaimed_at=min(self._unclaimed.values(), default=None),
+            draining=self._draining,
+        )
+
+    def _rename(self, worker_id: UUID) -> None:
+        self._claims.worker_id = worker_id
+
+    async def _publish(self, messages: Sequence[JobMessage]) -> None:
+        publisher = Publisher.here()
+        if publisher is None or not messages:
+            return
+        futures = [publisher.publish(send, self._app, message) for message in messages]
+        for outcome in await asyncio.gather(*futures, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                log.warning("a message was not published (%s); the sweep will", outcome)
+
+    async def _release_lost(self) -> None:
+        while True:
+            await asyncio.sleep(_RELEASE_INTERVAL_S)
+            try:
+                await self._publish(await self._claims.release_lost())
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("lost jobs were not released (%s)", type(error).__name__)

@@ -1,0 +1,177 @@
+"""From what happened to a call, the settlement that records it. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from sluicegate.shared.catalogue import Provider
+from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.jobs import AttemptState, State
+from sluicegate.shared.messages import Usage
+from sluicegate.shared.pricing import PRICE_VERSION, baseline_nano_usd
+from sluicegate.workers.claims import Job
+from sluicegate.workers.dispatch import Attempt
+from sluicegate.workers.providers.base import Answer, ProviderError
+from sluicegate.workers.settlement import Settled, Settlement
+
+_NO_USAGE: dict[str, int] = Usage().model_dump()
+
+
+def succeeded(
+    job: Job, attempt: Attempt, provider: Provider, answer: Answer, baseline_model: str
+) -> Settlement:
+    """Book the cost of an attempt that answered, and end the job with the result."""
+    booking = (
+        estimate(attempt)
+        if answer.usage is None
+        else actual(provider, answer.usage, answer.raw_usage, baseline_model)
+    )
+    body = _body(job, State.SUCCEEDED, booking) | {
+        "text": answer.text,
+        "tool_calls": [call.model_dump(mode="json") for call in answer.tool_calls],
+        "finish_reason": answer.finish_reason,
+        "provider": attempt.provider,
+        "model": answer.model,
+        "usage": _NO_USAGE if answer.usage is None else answer.usage.model_dump(),
+        "attempts": attempt.number,
+    }
+    return (
+        _move(job, State.SUCCEEDED)
+        | _ended(attempt, AttemptState.SUCCEEDED)
+        | booking
+        | {
+            "body": body,
+            "request_id": answer.request_id,
+            "first_token_ms": answer.first_token_ms,
+            "duration_ms": answer.duration_ms,
+        }
+    )
+
+
+def ended_attempt(
+    attempt: Attempt, provider: Provider, error: ProviderError, baseline_model: str
+) -> Settlement:
+    """Book an attempt that ended without an answer: its own part of a settlement.
+
+    A call that certainly never left costs nothing, nor does one that the provider refused with a
+    status. Whatever else may have been generated and billed, so it is booked: by the usage that
+    the provider reported, or at the whole reservation, never at zero.
+    """
+    booking: Settlement = {}
+    partial = error.partial
+    if partial.exact and partial.usage is not None:
+        booking = actual(provider, partial.usage, partial.raw_usage, baseline_model)
+    elif error.sent and (error.status is None or error.status < 400):
+        booking = estimate(attempt)
+    return _ended(attempt, AttemptState.FAILED) | booking | _reason(error)
+
+
+def cancelled_attempt(attempt: Attempt) -> Settlement:
+    """Book a call that `job cancel` cut off: what it cost only the provider knows."""
+    return _ended(attempt, AttemptState.CANCELLED) | estimate(attempt)
+
+
+def failed(
+    job: Job,
+    state: State,
+    error: ProviderError,
+    *,
+    attempt: Attempt | None = None,
+    ended: Settlement | None = None,
+    why: str = "",
+) -> Settlement:
+    """End the job without an answer, readable: what went wrong, and why it was not tried again."""
+    message = f"{error}; {why}" if why else str(error)
+    body = _body(job, state, ended or {}) | {
+        "attempts": job.attempts_used + (attempt is not None),
+        "error": {
+            "error_class": error.error_class.value,
+            "message": message,
+            "provider": attempt.provider if attempt else None,
+            "status": error.status,
+            "request_id": error.request_id,
+        },
+    }
+    return _move(job, state) | (ended or {}) | {"body": body}
+
+
+def again(job: Job, state: State, after_s: float, ended: Settlement) -> Settlement:
+    """Queue or park the job for another attempt."""
+    return _move(job, state) | ended | {"after_s": after_s}
+
+
+def released(job: Job, attempt: Attempt) -> Settlement:
+    """Give the job back: its call certainly never left."""
+    return _move(job, State.QUEUED) | _ended(attempt, AttemptState.VOID) | {"after_s": 0.0}
+
+
+def actual(
+    provider: Provider, usage: Usage, raw_usage: dict[str, Any] | None, baseline_model: str
+) -> Settlement:
+    """Book what the provider reported."""
+    card = provider.card
+    return {
+        "kind": "actual",
+        "amount_nano_usd": card.cost_nano_usd(usage),
+        "baseline_nano_usd": baseline_nano_usd(usage, baseline_model),
+        "input_tokens": usage.input,
+        "cache_read_tokens": usage.cache_read,
+        "cache_write_5m_tokens": usage.cache_write_5m,
+        "cache_write_1h_tokens": usage.cache_write_1h,
+        "output_tokens": usage.output,
+        "reasoning_tokens": usage.reasoning,
+        "raw_usage": raw_usage,
+        "price_version": card.version,
+    }
+
+
+def estimate(attempt: Attempt) -> Settlement:
+    """Book the whole reservation: less would let a correction break the budget's invariant."""
+    return {
+        "kind": "estimate",
+        "amount_nano_usd": attempt.reserved_nano_usd,
+        "baseline_nano_usd": attempt.baseline_reserved_nano_usd,
+        "price_version": PRICE_VERSION,
+    }
+
+
+def terminal_payload(job: Job, body: dict[str, Any], settled: Settled) -> bytes:
+    """Encode the terminal event, as it would be made from Postgres."""
+    kind = "completed" if body["state"] == State.SUCCEEDED else "failed"
+    times = {"created_at": job.created_at, "finished_at": settled.finished_at}
+    return orjson.dumps({"type": kind, "result": body | times})
+
+
+def refusal(message: str, error_class: ErrorClass = ErrorClass.BAD_REQUEST) -> ProviderError:
+    """Make the error of a job that was never sent."""
+    return ProviderError(message, error_class=error_class, sent=False)
+
+
+def _move(job: Job, state: State) -> Settlement:
+    return {"job_id": job.id, "fence": job.fence, "job_state": state.value}
+
+
+def _ended(attempt: Attempt, state: AttemptState) -> Settlement:
+    return {"attempt_id": attempt.attempt_id, "attempt_state": state.value}
+
+
+def _reason(error: ProviderError) -> Settlement:
+    return {
+        "error_class": error.error_class.value,
+        "error_message": str(error)[:2000],
+        "status": error.status,
+        "request_id": error.request_id,
+    }
+
+
+def _body(job: Job, state: State, booking: Settlement) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "job_id": str(job.id),
+        "state": state.value,
+        "use_case": job.use_case,
+        "cost_nano_usd": job.cost_nano_usd + booking.get("amount_nano_usd", 0),
+        "baseline_nano_usd": booking.get("baseline_nano_usd", 0),
+    }

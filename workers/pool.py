@@ -1,0 +1,541 @@
+"""The asyncio worker pool: Celery's own tracer, in greenlets on one event loop.
+
+`worker_pool = "sluicegate.workers.pool:TaskPool"` in the app's configuration selects it. A task
+body is `return await_(coroutine)`; one process holds thousands of them. Two threads matter:
+
+- the *hub thread*, Celery's main thread, owns the broker connection. Everything Celery is told
+  (accepted, succeeded, failed, timed out) and all prefetch accounting happens there;
+- the *loop thread* runs the tasks.
+
+The loop hands calls to the hub through a deque and one pipe, which the hub reads as it reads the
+broker's socket: acknowledgements made while reading are sent in the hub's next turn, while those
+made by `hub.call_soon` callbacks would wait for the next event, up to a second.
+
+*Prefetch.* Celery asks the broker for `worker_concurrency * worker_prefetch_multiplier` messages
+(1 * 1) and counts those not acknowledged. A task calls `claimed()` when it has made its message's
+work its own: one more is then asked for, and one less when the task ends. So one message waits
+unclaimed, however many are claimed. After a reconnect Celery starts at 1 again, on a channel that
+has no unacknowledged messages; each task therefore counts on the connection that delivered its
+message only, and not at all once that is gone.
+
+*A lost broker connection* leaves tasks running. Kombu 5.7 would try to put their messages back over
+the connection that is gone, and end the worker with an AttributeError; and an acknowledgement on a
+closed channel ends it likewise. So that is switched off while the worker runs, and running tasks
+are moved to the new channel, over which they acknowledge what Redis still remembers as theirs.
+Messages that wait for a countdown come back after the visibility timeout, or by the sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import itertools
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import nullcontext, suppress
+from typing import Any, TypeVar
+
+from celery import bootsteps
+from celery.concurrency import get_implementation
+from celery.concurrency.base import BasePool
+from celery.exceptions import Reject, Terminated
+from celery.platforms import EX_FAILURE
+from celery.worker import state
+from kombu.asynchronous import Hub
+from kombu.common import QoS
+from sqlalchemy.util.concurrency import await_, greenlet_spawn
+
+from sluicegate.workers.loop_thread import AsyncioThread
+from sluicegate.workers.publishing import Publisher
+from sluicegate.workers.runs import CancelledFor, Run, SoftLimited, told
+
+__all__ = ["AsyncioThread", "TaskPool", "await_", "claimed", "require_asyncio_pool"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Above Linux' largest process id (PID_MAX_LIMIT), so that a task's pid never names a process.
+_FIRST_PID = 2**22 + 1
+
+START_TIMEOUT_S = 30.0
+STOP_HOOK_TIMEOUT_S = 5.0
+#: What a loop that is still alive may lag behind while it stops.
+DRAIN_SLACK_S = 3.0
+PUBLISHER_CLOSE_TIMEOUT_S = 5.0
+THREAD_JOIN_TIMEOUT_S = 2.0
+
+
+_current_run: contextvars.ContextVar[Run] = contextvars.ContextVar("sluicegate_pool_run")
+
+
+def claimed() -> None:
+    """Say that the running task has claimed its message's work, so that another may be fetched.
+
+    Call it in a task body or in a coroutine it awaits. The pool takes it back when the task ends.
+    Repeating it does nothing, nor does calling it outside the pool (in an eager task).
+    """
+    run = _current_run.get(None)
+    if run is not None and not run.claimed and not run.settled:
+        run.claimed = True
+        run.pool.count_claimed(run)
+
+
+def require_asyncio_pool(worker: Any) -> None:
+    """Exit with a sentence unless this worker uses the asyncio pool as it is meant to be used.
+
+    For a receiver of Celery's `worker_init` signal; `worker` is its sender.
+    """
+    pool: Any = get_implementation(worker.pool_cls)
+    if not (isinstance(pool, type) and issubclass(pool, TaskPool)):
+        raise SystemExit(
+            f"This worker runs on the asyncio pool only, not on {pool.__module__}: "
+            "start it without -P/--pool."
+        )
+    broker = worker.app.connection_for_read().transport.driver_type
+    if broker != "redis":
+        raise SystemExit(f"The asyncio pool works with Redis as the broker, not with {broker}.")
+    if worker.prefetch_multiplier < 1:
+        raise SystemExit(
+            "Set worker_prefetch_multiplier to 1: 0 would fetch the whole queue into one worker."
+        )
+
+
+class _Connected(bootsteps.StartStopStep):
+    """Tells the pool of each new broker connection."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        consumer.pool.use_connection(consumer.qos, consumer.task_consumer.channel)
+
+
+class TaskPool(BasePool):
+    """Celery's pool interface over one event loop; Celery creates it.
+
+    Settings of the app (`app.conf`), both in seconds:
+    `sluice_stop_grace_s` (30): how long running tasks may go on after SIGTERM. What is left is then
+        cancelled, and its message put back on the queue unless the body catches the cancellation
+        and returns. `worker_concurrency` is the number of messages that wait unclaimed.
+    `sluice_cancel_grace_s` (5): how long a cancelled task may take to end.
+    `SLUICE_LOOP_DEBUG=1` in the environment runs the loop in debug mode.
+
+    A second SIGTERM changes nothing, as everywhere in Celery; SIGQUIT cancels at once.
+    """
+
+    signal_safe = False
+    task_join_will_block = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        conf = self.app.conf
+        self._stop_grace_s = float(conf.get("sluice_stop_grace_s", 30.0))
+        self._cancel_grace_s = float(conf.get("sluice_cancel_grace_s", 5.0))
+        self._thread = AsyncioThread(
+            name="sluice-loop",
+            debug=os.environ.get("SLUICE_LOOP_DEBUG") == "1",
+            on_death=self._on_loop_death,
+        )
+        #: Publishes for the tasks without blocking their loop.
+        self.publisher = Publisher(self.app)
+        self._start_hooks: list[Callable[[], Awaitable[None]]] = []
+        self._drain_hooks: list[Callable[[float], Awaitable[None]]] = []
+        self._stop_hooks: list[Callable[[], Awaitable[None]]] = []
+        self._pids = itertools.count(_FIRST_PID)
+        self._runs: dict[int, Run] = {}
+        self._claimed_count = 0
+        self._qos: QoS | None = None
+        #: Kombu's channel that messages come over.
+        self._channel: Any = None
+        self._hub: Hub | None = None
+        #: Calls that wait for the hub's thread, and whether it has been woken for them.
+        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._woken = False
+        self._wake_reader, self._wake_writer = -1, -1
+        self._draining = False
+        self._hurry = asyncio.Event()
+        self.app.steps["consumer"].add(_Connected)
+
+    # What the application may call.
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that tasks run on; there is none before `on_start`."""
+        return self._thread.loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on the loop, from another thread."""
+        return self._thread.submit(coroutine)
+
+    def add_start_hook(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Await this on the loop before the first message; an error ends the worker.
+
+        Add hooks in Celery's `celeryd_after_setup`, whose `instance.pool` this pool is.
+        """
+        self._start_hooks.append(hook)
+
+    def add_drain_hook(self, hook: Callable[[float], Awaitable[None]]) -> None:
+        """Await this when the worker begins to stop, while its tasks still run.
+
+        The hook is given the moment, by `time.monotonic()`, at which what still runs is cancelled.
+        """
+        self._drain_hooks.append(hook)
+
+    def add_stop_hook(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Await this after the last task ended, for at most `STOP_HOOK_TIMEOUT_S`; last in first.
+
+        Publishing still works in it. Add it in a start hook, once there is something to close.
+        """
+        self._stop_hooks.append(hook)
+
+    # What Celery calls, on the hub's thread.
+
+    def on_start(self) -> None:
+        """Start the loop and the publisher, and run the start hooks."""
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+        self._thread.start()
+        self.publisher.start(self._thread.loop)
+        try:
+            for hook in self._start_hooks:
+                self._thread.submit(_awaited(hook())).result(START_TIMEOUT_S)
+        except Exception as error:
+            debugging = logger.isEnabledFor(logging.DEBUG)
+            logger.critical("The worker cannot start: %s", error, exc_info=debugging)
+            self._shut_down(grace_s=0)
+            raise SystemExit(EX_FAILURE) from error
+
+    def did_start_ok(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.alive
+
+    def register_with_event_loop(self, loop: Hub) -> None:
+        """Have the hub read the pipe; called again after each reconnect, which empties the hub."""
+        self._hub = loop
+        loop.add_reader(self._wake_reader, self._on_wake)
+
+    def use_connection(self, qos: QoS, channel: Any) -> None:
+        """Count on a new connection's prefetch, and acknowledge over its channel, from now on."""
+        self._qos = qos
+        self._claimed_count = 0
+        self._channel = channel
+        channel.qos.restore_at_shutdown = False
+        # Kombu makes a Redis client for each operation, two a message: a quarter of what a message
+        # costs. Operations are the hub's alone, so one client serves them all.
+        with channel.conn_or_acquire() as shared:
+            channel.conn_or_acquire = lambda client=None: nullcontext(client or shared)
+        for request in tuple(state.active_requests):
+            if not request.acknowledged:
+                request.message.channel = channel
+
+    def on_apply(  # type: ignore[override]  # Celery keeps a weak reference to what is returned
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        callback: Callable[..., Any],
+        error_callback: Callable[..., Any],
+        accept_callback: Callable[..., Any] | None = None,
+        timeout_callback: Callable[..., Any],
+        timeout: float | None = None,
+        soft_timeout: float | None = None,
+        **_: Any,
+    ) -> Run:
+        """Start a task on the loop."""
+        run = Run(
+            pool=self,
+            pid=next(self._pids),
+            target=target,
+            args=tuple(args),
+            callback=callback,
+            error_callback=error_callback,
+            timeout_callback=timeout_callback,
+            timeout_s=timeout or self.options.get("timeout"),
+            soft_timeout_s=soft_timeout or self.options.get("soft_timeout"),
+            qos=self._qos,
+        )
+        if self._draining:
+            # A countdown that ended while the worker stops: another worker's, then.
+            self._settle(run, error_callback, told(Reject("the worker stops", requeue=True)))
+            return run
+        self._runs[run.pid] = run
+        if accept_callback is not None:
+            accept_callback(run.pid, time.monotonic())
+        self._thread.loop.call_soon_threadsafe(self._begin, run)
+        return run
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """Cancel the task that was accepted with this pid; a finished one is left alone."""
+        run = self._runs.get(pid)
+        if run is not None and self._thread.alive:
+            self._thread.loop.call_soon_threadsafe(self._cancel, run, CancelledFor.TERMINATED)
+
+    def grow(self, n: int = 1) -> None:
+        """Let n more messages wait unclaimed."""
+        self.limit += n
+
+    def shrink(self, n: int = 1) -> None:
+        """Let n fewer messages wait unclaimed; raise ValueError if none could."""
+        if self.limit - n < 1:
+            raise ValueError(
+                f"This worker lets {self.limit} messages wait: it needs at least one to go on."
+            )
+        self.limit -= n
+
+    def on_stop(self) -> None:
+        """Let running tasks finish for the grace period, then cancel the rest."""
+        cold: Any = state.should_terminate
+        if cold is not None and cold is not False:
+            # Cold shutdown calls this inside its signal handler, where nothing may wait;
+            # `on_terminate`, or the `on_stop` that the signal interrupted, does the rest.
+            if self._thread.alive:
+                self._thread.loop.call_soon_threadsafe(self._hurry.set)
+            return
+        self._shut_down(grace_s=self._stop_grace_s)
+
+    def on_terminate(self) -> None:
+        """Cancel running tasks at once."""
+        self._shut_down(grace_s=0)
+
+    def _get_info(self) -> dict[str, Any]:
+        return {
+            **super()._get_info(),  # type: ignore[misc]  # missing in the stubs
+            "loop": f"{type(self.loop).__module__}.{type(self.loop).__qualname__}",
+            "running": len(self._runs),
+            "claimed": self._claimed_count,
+            "waiting-callbacks": len(self._calls),
+        }
+
+    # Shutting down, on the hub's thread.
+
+    def _shut_down(self, *, grace_s: float) -> None:
+        if self._draining:
+            return
+        self._draining = True
+        if self._thread.alive:
+            if self._hub is not None:
+                # Lost if the worker is told to stop while it reconnects.
+                self.register_with_event_loop(self._hub)
+            drained = self._thread.submit(self._drain(grace_s))
+            drained.add_done_callback(lambda _: self._wake())
+            hooks_s = STOP_HOOK_TIMEOUT_S * len(self._stop_hooks)
+            limit_s = grace_s + self._cancel_grace_s + hooks_s + DRAIN_SLACK_S
+            self._serve_hub(drained, give_up_at_s=time.monotonic() + limit_s)
+            self.publisher.close(PUBLISHER_CLOSE_TIMEOUT_S)
+            if not self._thread.stop(THREAD_JOIN_TIMEOUT_S):
+                logger.warning("The event loop does not end: it is left behind.")
+        if self._hub is not None:
+            self._hub.remove_reader(self._wake_reader)
+        reader, writer = self._wake_reader, self._wake_writer
+        self._wake_reader, self._wake_writer = -1, -1
+        os.close(reader)
+        os.close(writer)
+
+    def _serve_hub(self, drained: concurrent.futures.Future[None], *, give_up_at_s: float) -> None:
+        def waits() -> bool:
+            return not drained.done() and self._thread.alive and time.monotonic() < give_up_at_s
+
+        # The hub's own loop has ended; without these turns acknowledgements would leave only
+        # when the last task has ended, and a message that arrived late would be held back.
+        hub = None if self._channel is None or self._channel.closed else self._hub
+        while hub is not None and waits():
+            try:
+                hub.run_once()
+            except Exception as error:  # noqa: BLE001 - acknowledgements are repeatable hints
+                logger.warning("The broker is lost: %s", error)
+                hub = None
+        while waits():
+            concurrent.futures.wait([drained], timeout=0.1)
+        if not drained.done():
+            logger.error("The event loop does not answer: a task blocks it, or it died.")
+        elif (problem := drained.exception()) is not None:
+            logger.error("Stopping went wrong.", exc_info=problem)
+        if hub is None:
+            logger.warning("There is no broker to tell what ended: its messages come back later.")
+            self._calls.clear()
+        else:
+            self._run_calls()
+            # What is left, such as messages with a countdown, kombu puts back as it closes.
+            self._channel.qos.restore_at_shutdown = True
+
+    # Calls from the loop to the hub's thread.
+
+    def _hand_over(self, function: Callable[..., Any], *args: Any) -> None:
+        self._calls.append((function, args))
+        if not self._woken:
+            self._woken = True
+            self._wake()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # a full pipe wakes as well; a closed one has nobody to wake
+            os.write(self._wake_writer, b"\0")
+
+    def _on_wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._wake_reader, 4096)
+        self._run_calls()
+
+    def _run_calls(self) -> None:
+        # Before the calls are counted: one that is added later wakes the hub again.
+        self._woken = False
+        for _ in range(len(self._calls)):
+            function, args = self._calls.popleft()
+            try:
+                function(*args)
+            except MemoryError:
+                raise
+            except Exception:
+                logger.exception("Celery's %r raised an error.", function)
+
+    def _settle(self, run: Run, callback: Callable[..., Any], *args: Any) -> None:
+        try:
+            callback(*args)
+        finally:
+            if run.claimed:
+                self._shift_prefetch(run, -1)
+
+    def _shift_prefetch(self, run: Run, n: int) -> None:
+        qos = run.qos
+        if qos is None or qos is not self._qos:
+            return  # its message is not counted on today's connection
+        self._claimed_count += n
+        # The limit is on messages with a countdown, which this leaves as many as before.
+        if qos.max_prefetch is not None:
+            qos.max_prefetch += n
+        if n > 0:
+            qos.increment_eventually(n)
+        else:
+            qos.decrement_eventually(-n)
+
+    # On the loop.
+
+    def count_claimed(self, run: Run) -> None:
+        """Ask for one more message while this run goes on."""
+        self._hand_over(self._shift_prefetch, run, 1)
+
+    def _begin(self, run: Run) -> None:
+        task_name, task_id = run.args[:2]
+        run.task = self._thread.loop.create_task(self._execute(run), name=f"{task_name}[{task_id}]")
+
+    async def _execute(self, run: Run) -> None:
+        _current_run.set(run)
+        loop = self._thread.loop
+        timers = []
+        if run.timeout_s:
+            timers.append(loop.call_later(run.timeout_s, self._on_hard_limit, run))
+        if run.soft_timeout_s:
+            timers.append(loop.call_later(run.soft_timeout_s, self._on_soft_limit, run))
+        try:
+            result = await self._traced(run)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, Celery is told
+            self._end_with_error(run, error)
+        else:
+            self._end_with_result(run, result)
+        finally:
+            for timer in timers:
+                timer.cancel()
+            del self._runs[run.pid]
+
+    async def _traced(self, run: Run) -> Any:
+        run.started = True
+        if run.cancelled_for is not None:
+            raise asyncio.CancelledError
+        tracing = greenlet_spawn(run.target, *run.args)
+        return await (SoftLimited(tracing, run) if run.soft_timeout_s else tracing)
+
+    def _end_with_result(self, run: Run, result: Any) -> None:
+        match run.cancelled_for:
+            case CancelledFor.TERMINATED:
+                # Celery has announced the task as revoked: it stays so.
+                self._end(run, run.error_callback, told(Terminated("SIGTERM")))
+            case CancelledFor.TIMED_OUT:
+                self._end(run, run.timeout_callback, False, run.timeout_s)
+            case _:
+                self._end(run, run.callback, result)
+
+    def _end_with_error(self, run: Run, error: BaseException) -> None:
+        match run.cancelled_for:
+            case CancelledFor.TERMINATED:
+                self._end(run, run.error_callback, told(Terminated("SIGTERM")))
+            case CancelledFor.TIMED_OUT:
+                self._end(run, run.timeout_callback, False, run.timeout_s)
+            case CancelledFor.SHUT_DOWN if isinstance(error, asyncio.CancelledError):
+                self._end(run, run.error_callback, told(Reject("the worker stops", requeue=True)))
+            case _:
+                self._end(run, run.error_callback, told(error))
+
+    def _end(self, run: Run, callback: Callable[..., Any], *args: Any) -> None:
+        if not run.settled:
+            run.settled = True
+            self._hand_over(self._settle, run, callback, *args)
+
+    def _cancel(self, run: Run, why: CancelledFor) -> None:
+        # Once: a second cancellation would break into the cleaning up after the first.
+        if run.cancelled_for is None:
+            run.cancelled_for = why
+            if run.started and run.task is not None:
+                run.task.cancel()
+
+    def _on_soft_limit(self, run: Run) -> None:
+        if run.cancelled_for is None and run.task is not None:
+            run.soft_expired = True
+            run.task.cancel()
+            self._hand_over(run.timeout_callback, True, run.soft_timeout_s)
+
+    def _on_hard_limit(self, run: Run) -> None:
+        self._cancel(run, CancelledFor.TIMED_OUT)
+        if run.cancelled_for is CancelledFor.TIMED_OUT:
+            # A body that does not end when cancelled keeps running, but not its message.
+            self._thread.loop.call_later(
+                self._cancel_grace_s,
+                lambda: self._end(run, run.timeout_callback, False, run.timeout_s),
+            )
+
+    async def _drain(self, grace_s: float) -> None:
+        deadline_s = time.monotonic() + grace_s
+        begun = [asyncio.ensure_future(hook(deadline_s)) for hook in self._drain_hooks]
+        await self._wait_for_runs(grace_s)
+        if self._runs:
+            logger.warning("The grace period is over: %d tasks are cancelled.", len(self._runs))
+        for run in list(self._runs.values()):
+            self._cancel(run, CancelledFor.SHUT_DOWN)
+        left = [run.task for run in self._runs.values() if run.task is not None]
+        if left:
+            await asyncio.wait(left, timeout=self._cancel_grace_s)
+        if self._runs:
+            logger.error("%d tasks did not end when cancelled.", len(self._runs))
+        for hook in begun:
+            hook.cancel()
+        for outcome in await asyncio.gather(*begun, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                logger.error("A drain hook failed: %s", outcome, exc_info=outcome)
+        for stop_hook in reversed(self._stop_hooks):
+            try:
+                await asyncio.wait_for(stop_hook(), STOP_HOOK_TIMEOUT_S)
+            except Exception:
+                logger.exception("A stop hook failed.")
+
+    async def _wait_for_runs(self, timeout_s: float) -> None:
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        if not tasks:
+            return
+        ended = asyncio.ensure_future(asyncio.wait(tasks))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({ended, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in (ended, hurry):
+            waiter.cancel()
+
+    def _on_loop_death(self) -> None:
+        # Read by the hub in its next turn: the worker ends, and its supervisor restarts it.
+        state.should_terminate = EX_FAILURE  # type: ignore[assignment]  # stubs: None alone
+        self._wake()
+
+
+async def _awaited(awaitable: Awaitable[T]) -> T:
+    return await awaitable

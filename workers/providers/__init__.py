@@ -1,0 +1,1 @@
+"""Adapters: one module a wire format, over the official SDKs."""

@@ -1,0 +1,180 @@
+"""Writing reply channels: deltas of many streams, and terminal events, in shared pipelines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import orjson
+import redis.asyncio
+from redis.exceptions import RedisError, ResponseError
+
+from sluicegate.shared.events import event_id, reply_key, terminal_id
+from sluicegate.workers.coalescing import Coalescer
+from sluicegate.workers.providers.base import ToolCallFragment
+
+log = logging.getLogger(__name__)
+
+#: The field of a stream entry that holds the event.
+FIELD = "e"
+
+
+class Channel:
+    """One job's reply channel under one fence; made by `Replies`.
+
+    Redis refuses an event whose id is not the greatest so far, which is how the deltas of a
+    worker that lost the job are kept out. The channel then falls silent: `lost`.
+    """
+
+    __slots__ = ("_replies", "_text", "_tools", "fence", "key", "lost", "n")
+
+    def __init__(self, replies: Replies, key: str, fence: int) -> None:
+        self._replies = replies
+        self._text: list[str] = []
+        self._tools: list[ToolCallFragment] = []
+        self.key = key
+        self.fence = fence
+        self.n = 0
+        self.lost = False
+
+    def delta(self, text: str, tool_calls: Sequence[ToolCallFragment] = ()) -> None:
+        """Add to the answer; it is sent within the delta interval."""
+        if not self.lost:
+            if text:
+                self._text.append(text)
+            self._tools.extend(tool_calls)
+            self._replies.note_dirty(self)
+
+    def take(self) -> bytes | None:
+        """Return what has come together as one event, or None."""
+        if not self._text and not self._tools:
+            return None
+        payload: dict[str, Any] = {"type": "delta", "text": "".join(self._text)}
+        if self._tools:
+            payload["tool_calls"] = self._tools
+        self._text = []
+        self._tools = []
+        return orjson.dumps(payload)
+
+    def discard(self) -> None:
+        """Forget deltas that were not sent: the terminal event has the whole answer."""
+        self._text = []
+        self._tools = []
+
+
+class Replies:
+    """All reply channels of a worker process."""
+
+    def __init__(
+        self,
+        *,
+        client: redis.asyncio.Redis,
+        prefix: str,
+        ttl_s: float,
+        delta_interval_s: float,
+        max_items: int,
+        linger_s: float,
+    ) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._ttl_ms = round(ttl_s * 1000)
+        self._interval_s = delta_interval_s
+        self._dirty: dict[str, Channel] = {}
+        self._sender: asyncio.Task[None] | None = None
+        self._append = Coalescer[tuple[str, str, bytes], None](
+            statement=self._append_many, max_items=max_items, linger_s=linger_s
+        )
+
+    def channel(self, job_id: UUID, fence: int) -> Channel:
+        """Open the job's channel for this holder."""
+        return Channel(self, self._prefix + reply_key(job_id), fence)
+
+    async def begin(self, channel: Channel, *, model: str, attempt: int) -> None:
+        """Say that an attempt has begun; from the second on, that what came before is void."""
+        channel.n += 1
+        kind = "started" if attempt == 1 else "reset"
+        payload = orjson.dumps({"type": kind, "model": model, "attempt": attempt})
+        await self._send(channel.key, event_id(channel.fence, channel.n), payload)
+
+    async def end(self, channel: Channel, payload: bytes) -> None:
+        """Append the terminal event: nothing of this fence can follow it."""
+        channel.discard()
+        await self._send(channel.key, terminal_id(channel.fence), payload)
+
+    def note_dirty(self, channel: Channel) -> None:
+        """Have the channel's deltas sent at the end of the interval."""
+        self._dirty[channel.key] = channel
+        if self._sender is None:
+            self._sender = asyncio.get_running_loop().create_task(self._send_deltas())
+
+    async def close(self) -> None:
+        """Stop sending deltas; what is left is in the terminal events, or is void."""
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.gather(self._sender, return_exceptions=True)
+
+    async def _send(self, key: str, id_: str, payload: bytes) -> None:
+        try:
+            await self._append((key, id_, payload))
+        except (RedisError, OSError) as error:
+            # Readers look at the row itself every few seconds: a lost event cannot hang them.
+            log.warning(
+                "Redis did not take an event (%s); readers find the result in Postgres",
+                type(error).__name__,
+            )
+
+    async def _append_many(self, items: Sequence[tuple[str, str, bytes]]) -> list[None]:
+        pipeline = self._client.pipeline(transaction=False)
+        for key, id_, payload in items:
+            pipeline.execute_command("XADD", key, id_, FIELD, payload)
+            pipeline.execute_command("PEXPIRE", key, self._ttl_ms)
+        for outcome in await pipeline.execute(raise_on_error=False):
+            # An id that is not the greatest: a repeat, or the job has a new holder.
+            if isinstance(outcome, Exception) and not _is_stale(outcome):
+                raise outcome
+        return [None] * len(items)
+
+    async def _send_deltas(self) -> None:
+        """Send until there is nothing more to send: one pipeline an interval for all streams."""
+        try:
+            while True:
+                await asyncio.sleep(self._interval_s)
+                channels = list(self._dirty.values())
+                self._dirty.clear()
+                if not channels:
+                    return
+                await self._send_once(channels)
+        finally:
+            self._sender = None
+
+    async def _send_once(self, channels: list[Channel]) -> None:
+        pipeline = self._client.pipeline(transaction=False)
+        sent = []
+        for channel in channels:
+            payload = channel.take()
+            if payload is not None:
+                channel.n += 1
+                # NOMKSTREAM: after a flush the beginning is gone, so the rest is not sent either.
+                pipeline.execute_command(
+                    "XADD", channel.key, "NOMKSTREAM",
+                    event_id(channel.fence, channel.n), FIELD, payload,
+                )  # fmt: skip
+                sent.append(channel)
+        if not sent:
+            return
+        try:
+            outcomes = await pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError) as error:
+            log.warning("Redis did not take deltas (%s)", type(error).__name__)
+            outcomes = [error] * len(sent)
+        for channel, outcome in zip(sent, outcomes, strict=True):
+            if outcome is None or isinstance(outcome, Exception):
+                channel.lost = True
+                channel.discard()
+
+
+def _is_stale(error: Exception) -> bool:
+    return isinstance(error, ResponseError) and "equal or smaller" in str(error)

@@ -1,0 +1,212 @@
+"""Settlement: the one statement that ends an attempt, books its cost and moves its job."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sluicegate.workers.coalescing import Coalescer
+from sluicegate.workers.statements import execute, through_disconnects
+
+log = logging.getLogger(__name__)
+
+# Locks go jobs, attempts, each by key. An attempt leaves `dispatching` once: whatever comes later
+# finds nothing to move and books nothing. One that was booked as `unknown` takes the actual cost
+# as a correction, and its job is then no longer this worker's (the fence differs), so result and
+# state stay what they are.
+_SETTLE = """
+WITH wanted AS (
+    SELECT * FROM json_to_recordset(%(items)s::json) AS t(
+        n int, job_id uuid, fence bigint, job_state text, after_s float8, body json,
+        attempt_id uuid, attempt_state text, error_class text, error_message text,
+        status smallint, request_id text, first_token_ms int, duration_ms int,
+        kind text, amount_nano_usd bigint, baseline_nano_usd bigint,
+        input_tokens bigint, cache_read_tokens bigint, cache_write_5m_tokens bigint,
+        cache_write_1h_tokens bigint, output_tokens bigint, reasoning_tokens bigint,
+        raw_usage json, price_version text)
+), job AS (
+    SELECT wanted.n, j.id, j.fence, j.state
+    FROM wanted JOIN jobs j ON j.id = wanted.job_id
+    ORDER BY j.id
+    FOR NO KEY UPDATE OF j
+), attempt AS (
+    SELECT wanted.n, a.id, a.state AS was, a.reserved_nano_usd, a.baseline_reserved_nano_usd
+    FROM wanted JOIN attempts a ON a.id = wanted.attempt_id
+    WHERE a.state IN ('dispatching', 'unknown') AND (SELECT count(*) FROM job) >= 0
+    ORDER BY a.id
+    FOR NO KEY UPDATE OF a
+), ended AS (
+    UPDATE attempts a
+    SET state = CASE attempt.was WHEN 'unknown' THEN 'corrected' ELSE wanted.attempt_state END,
+        ended_at = now(), error_class = wanted.error_class, error_message = wanted.error_message,
+        status = wanted.status, request_id = wanted.request_id,
+        first_token_ms = wanted.first_token_ms, duration_ms = wanted.duration_ms
+    FROM attempt JOIN wanted USING (n)
+    WHERE a.id = attempt.id
+    RETURNING wanted.n, a.id, attempt.was, a.account_id, a.use_case, a.provider_id, a.provider,
+              a.model,
+              CASE attempt.was WHEN 'unknown' THEN a.reserved_nano_usd ELSE 0 END AS booked,
+              CASE attempt.was WHEN 'unknown' THEN a.baseline_reserved_nano_usd ELSE 0 END
+                  AS baseline_booked
+), entry AS (
+    INSERT INTO cost_entries (
+        attempt_id, job_id, account_id, use_case, provider_id, provider, model, kind,
+        amount_nano_usd, baseline_nano_usd, input_tokens, cache_read_tokens,
+        cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens,
+        raw_usage, price_version)
+    SELECT ended.id, w.job_id, ended.account_id, ended.use_case, ended.provider_id,
+           ended.provider, ended.model,
+           CASE ended.was WHEN 'unknown' THEN 'correction' ELSE w.kind END,
+           coalesce(w.amount_nano_usd, 0) - ended.booked,
+           coalesce(w.baseline_nano_usd, 0) - ended.baseline_booked,
+           coalesce(w.input_tokens, 0), coalesce(w.cache_read_tokens, 0),
+           coalesce(w.cache_write_5m_tokens, 0), coalesce(w.cache_write_1h_tokens, 0),
+           coalesce(w.output_tokens, 0), coalesce(w.reasoning_tokens, 0),
+           w.raw_usage, coalesce(w.price_version, 'none')
+    FROM ended JOIN wanted w USING (n)
+    WHERE w.kind IS NOT NULL OR ended.was = 'unknown'
+    RETURNING attempt_id, amount_nano_usd
+), plan AS (
+    SELECT w.n, job.id,
+           job.fence = w.fence AND job.state = 'running'
+               AND (w.attempt_id IS NULL OR ended.id IS NOT NULL) AS holds,
+           coalesce(entry.amount_nano_usd, 0) AS amount,
+           ended.id IS NOT NULL AND w.attempt_state <> 'void' AS paid
+    FROM wanted w JOIN job USING (n)
+    LEFT JOIN ended USING (n)
+    LEFT JOIN entry ON entry.attempt_id = w.attempt_id
+), moved AS (
+    UPDATE jobs j
+    SET cost_nano_usd = j.cost_nano_usd + plan.amount,
+        attempts_used = j.attempts_used + (plan.holds AND plan.paid)::int,
+        state = CASE WHEN plan.holds THEN w.job_state ELSE j.state END,
+        worker_id = CASE WHEN plan.holds THEN NULL ELSE j.worker_id END,
+        claim_id = CASE WHEN plan.holds THEN NULL ELSE j.claim_id END,
+        run_at = CASE WHEN plan.holds AND w.after_s IS NOT NULL
+                      THEN now() + w.after_s * interval '1 second' ELSE j.run_at END,
+        published_at = CASE WHEN plan.holds AND w.job_state = 'queued'
+                            THEN now() ELSE j.published_at END,
+        finished_at = CASE WHEN plan.holds AND w.body IS NOT NULL
+                           THEN now() ELSE j.finished_at END
+    FROM plan JOIN wanted w USING (n)
+    WHERE j.id = plan.id AND (plan.holds OR plan.amount <> 0)
+    RETURNING w.n, plan.holds, j.finished_at, j.published_at
+), kept AS (
+    INSERT INTO results (job_id, attempt_id, fence, body)
+    SELECT w.job_id, w.attempt_id, w.fence, w.body
+    FROM wanted w JOIN moved USING (n)
+    WHERE moved.holds AND w.body IS NOT NULL
+)
+SELECT w.n, coalesce(moved.holds, false) AS moved, moved.published_at,
+       coalesce(moved.finished_at, j.finished_at) AS finished_at, coalesce(j.queue, '') AS queue,
+       j.state AS state_before, j.fence AS fence_before
+FROM wanted w
+LEFT JOIN moved USING (n)
+LEFT JOIN jobs j ON j.id = w.job_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of one settlement.
+
+    `moved` is False where the job was no longer the worker's: the attempt is booked all the same.
+    """
+
+    moved: bool
+    queue: str = ""
+    finished_at: datetime | None = None
+    published_at: datetime | None = None
+
+
+#: One settlement: the columns of `_SETTLE`'s `wanted`, JSON-ready, absent where null.
+Settlement = dict[str, Any]
+
+
+async def settle_all(engine: AsyncEngine, settlements: Sequence[Settlement]) -> list[Settled]:
+    """Settle in one statement; safe to repeat. Each job may occur once."""
+    items = [settlement | {"n": n} for n, settlement in enumerate(settlements)]
+    by_n = {row.n: row for row in await execute(engine, _SETTLE, items)}
+    return [_read(settlement, by_n[n]) for n, settlement in enumerate(settlements)]
+
+
+def _read(settlement: Settlement, row: Row[Any]) -> Settled:
+    # A repeat whose first try committed finds the job as that try left it.
+    repeated = (
+        row.state_before == settlement["job_state"] and row.fence_before == settlement["fence"]
+    )
+    return Settled(
+        moved=row.moved or repeated,
+        queue=row.queue,
+        finished_at=row.finished_at,
+        published_at=row.published_at,
+    )
+
+
+class Settler:
+    """Settles attempts, through any outage of Postgres.
+
+    While Postgres is away, `journal` is given what is paid for and not yet booked; `forget` is
+    told once it is. Waits as long as it takes: the message is not acknowledged before.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        max_items: int,
+        linger_s: float,
+        journal: Callable[[Sequence[Settlement]], Awaitable[None]],
+        forget: Callable[[Sequence[Settlement]], Awaitable[None]],
+    ) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._forget = forget
+        self._settle = Coalescer[Settlement, Settled](
+            statement=self._settle_many, max_items=max_items, linger_s=linger_s
+        )
+
+    async def settle(self, settlement: Settlement) -> Settled:
+        """End an attempt (if it names one) and move its job (if it is still held)."""
+        return await self._settle(settlement)
+
+    async def _settle_many(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        journaled = False
+
+        async def journal_once() -> None:
+            nonlocal journaled
+            if not journaled:
+                await self._journal(settlements)
+                journaled = True
+
+        outcomes: list[Settled] = []
+        for batch in _one_per_job(settlements):
+            outcomes += await through_disconnects(
+                partial(settle_all, self._engine, batch),
+                give_up_after_s=None,
+                on_disconnect=journal_once,
+            )
+        if journaled:
+            await self._forget(settlements)
+        return outcomes
+
+
+def _one_per_job(settlements: Sequence[Settlement]) -> list[list[Settlement]]:
+    """Split, in order, so that no statement names a job twice."""
+    batches: list[list[Settlement]] = [[]]
+    named: set[UUID] = set()
+    for settlement in settlements:
+        if settlement["job_id"] in named:
+            batches.append([])
+            named.clear()
+        named.add(settlement["job_id"])
+        batches[-1].append(settlement)
+    return batches

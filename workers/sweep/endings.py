@@ -1,0 +1,85 @@
+"""What the sweep's statements share: ending jobs that nobody holds, and telling their readers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import orjson
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sluicegate.shared.celery_app import JobMessage
+from sluicegate.shared.jobs import Lane
+from sluicegate.shared.queues import parse_queue
+from sluicegate.workers.replies import Replies
+from sluicegate.workers.statements import execute
+
+#: The result of a job `j` that ends in `state` without an answer, as a JSON object.
+ENDED_BODY = """json_build_object(
+    'version', 1, 'job_id', j.id, 'state', {state}, 'use_case', j.use_case,
+    'cost_nano_usd', j.cost_nano_usd, 'attempts', j.attempts_used,
+    'error', json_build_object('error_class', {error_class}, 'message', {message}))"""
+
+
+async def tell(replies: Replies, rows: Sequence[Row[Any]]) -> None:
+    """Append the terminal events of rows with id, fence, body, created_at and finished_at."""
+    await asyncio.gather(
+        *(
+            replies.end(
+                replies.channel(row.id, row.fence),
+                orjson.dumps(
+                    {
+                        "type": "completed" if row.body["state"] == "succeeded" else "failed",
+                        "result": row.body
+                        | {"created_at": row.created_at, "finished_at": row.finished_at},
+                    }
+                ),
+            )
+            for row in rows
+        )
+    )
+
+
+_ENDED = """
+SELECT r.job_id AS id, r.fence, r.body, j.created_at, j.finished_at
+FROM results r JOIN jobs j ON j.id = r.job_id
+WHERE r.job_id = ANY(%(ids)s::uuid[])
+"""
+
+
+async def tell_settled(engine: AsyncEngine, replies: Replies, job_ids: Sequence[UUID]) -> None:
+    """Append the terminal events of those of these jobs that have ended."""
+    if job_ids:
+        await tell(replies, await execute(engine, _ENDED, ids=list(job_ids)))
+
+
+def to_messages(queue: str, rows: Sequence[Row[Any]], chunk_size: int) -> list[JobMessage]:
+    """Make the messages of a queue's rows (id, run_at, fence, published_at), oldest first.
+
+    The rows are of one statement, so they were published at the same moment. A single job's
+    message carries its fence, so that a revoked earlier one does not silence it.
+    """
+    ordered = sorted(rows, key=lambda row: (row.run_at, row.id))
+    size = 1 if parse_queue(queue).lane is Lane.INTERACTIVE else chunk_size
+    return [
+        JobMessage(
+            queue=queue,
+            job_ids=tuple(row.id for row in ordered[start : start + size]),
+            published_at=ordered[start].published_at,
+            fence=ordered[start].fence,
+        )
+        for start in range(0, len(ordered), size)
+    ]
+
+
+def single_messages(rows: Sequence[Row[Any]]) -> list[JobMessage]:
+    """Make one message for each row with id, queue, fence and published_at."""
+    return [
+        JobMessage(
+            queue=row.queue, job_ids=(row.id,), published_at=row.published_at, fence=row.fence
+        )
+        for row in rows
+    ]

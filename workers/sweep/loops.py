@@ -1,0 +1,184 @@
+"""The sweep process: its loops, each bounded, each safe to run in several processes at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+from celery import Celery
+from redis.exceptions import RedisError
+from sqlalchemy import select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from sluicegate.shared.celery_app import JobMessage, make_celery, publish
+from sluicegate.shared.database import CONNECTION_ERRORS, check_schema, make_async_engine
+from sluicegate.shared.errors import QueueUnavailable
+from sluicegate.shared.jobs import Lane, State
+from sluicegate.shared.queues import POOLS, queue_name
+from sluicegate.shared.redis_client import make_async_redis
+from sluicegate.shared.settings import Settings
+from sluicegate.shared.tables import use_cases
+from sluicegate.workers.journal import Journal
+from sluicegate.workers.replies import Replies
+from sluicegate.workers.settlement import Settled, Settlement
+from sluicegate.workers.sweep.endings import tell_settled
+from sluicegate.workers.sweep.expirer import Expirer
+from sluicegate.workers.sweep.republisher import Republisher
+from sluicegate.workers.sweep.rescuer import Rescuer
+from sluicegate.workers.sweep.stager import Stager
+
+log = logging.getLogger(__name__)
+
+#: The channel on which producers say that jobs were parked and are due.
+STAGE_CHANNEL = "sluice_stage"
+
+
+class Sweep:
+    """Owns the connections and runs the loops until it is cancelled."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._app: Celery = make_celery(settings)
+        self._engine = make_async_engine(settings, application_name="sluice sweep")
+        self._redis = make_async_redis(settings)
+        self._woken = asyncio.Event()
+        self._replies = Replies(
+            client=self._redis,
+            prefix=settings.redis_prefix,
+            ttl_s=settings.reply_ttl_s,
+            delta_interval_s=settings.delta_interval_s,
+            max_items=settings.coalesce_max,
+            linger_s=settings.linger_s,
+        )
+        self._journal = Journal(client=self._redis, prefix=settings.redis_prefix)
+        self._rescuer = Rescuer(
+            engine=self._engine, replies=self._replies, dead_after_s=settings.dead_after_s
+        )
+        self._expirer = Expirer(engine=self._engine, replies=self._replies)
+        self._stager = Stager(
+            engine=self._engine,
+            ahead_jobs=settings.stage_ahead_jobs,
+            chunk_size=settings.chunk_size,
+        )
+        self._republisher = Republisher(
+            engine=self._engine,
+            client=self._redis,
+            prefix=settings.redis_prefix,
+            lost_after_s=settings.lost_after_s,
+            chunk_size=settings.chunk_size,
+        )
+
+    async def run(self) -> None:
+        """Sweep until cancelled; raises at once if the schema is not this version's."""
+        async with self._engine.connect() as connection:
+            await connection.run_sync(check_schema)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._listen())
+                group.create_task(self._loop("rescue", self.rescue))
+                group.create_task(self._loop("stage", self.stage, wake=self._woken))
+                group.create_task(self._loop("republish", self.republish))
+                group.create_task(self._loop("expire", self._expirer.round))
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._replies.close()
+        await self._redis.aclose()
+        await self._engine.dispose()
+        self._app.close()
+
+    async def rescue(self) -> None:
+        """Drain the journal, then look for dead workers: a paid answer must not be called lost."""
+        await self._book_journal()
+        await self._publish(await self._rescuer.round())
+
+    async def stage(self) -> None:
+        """Publish what is parked and due."""
+        await self._publish(await self._stager.round(await self._queues()))
+
+    async def republish(self) -> None:
+        """Publish again what the broker has lost."""
+        await self._publish(await self._republisher.round(await self._queues()))
+
+    async def _book_journal(self) -> None:
+        try:
+            moved = await self._journal.drain(self._engine)
+        except (RedisError, ConnectionError) as error:
+            log.warning("the journal cannot be read (%s)", type(error).__name__)
+            return
+        await tell_settled(self._engine, self._replies, [entry["job_id"] for entry, _ in moved])
+        await self._publish(
+            [_message(entry, settled) for entry, settled in moved if _is_queued(entry, settled)]
+        )
+
+    async def _queues(self) -> list[str]:
+        async with self._engine.connect() as connection:
+            names = await connection.scalars(select(use_cases.c.name))
+            return [
+                queue_name(name, pool, lane) for name in names for pool in POOLS for lane in Lane
+            ]
+
+    async def _publish(self, messages: list[JobMessage]) -> None:
+        if messages:
+            await asyncio.to_thread(publish, self._app, messages)
+
+    async def _loop(
+        self,
+        name: str,
+        round_: Callable[[], Awaitable[None]],
+        wake: asyncio.Event | None = None,
+    ) -> None:
+        while True:
+            try:
+                await round_()
+            except (*CONNECTION_ERRORS, RedisError, QueueUnavailable) as error:
+                # The next round does it: everything a round does is decided by rows, anew.
+                log.warning("sweep: %s is put off (%s)", name, type(error).__name__)
+            except SQLAlchemyError:
+                log.exception("sweep: %s met a defect; the other loops go on", name)
+            if wake is None:
+                await asyncio.sleep(self._settings.sweep_interval_s)
+                continue
+            try:
+                await asyncio.wait_for(wake.wait(), self._settings.sweep_interval_s)
+            except TimeoutError:
+                continue
+            wake.clear()
+
+    async def _listen(self) -> None:
+        """Wake the stager when a producer has committed; polling covers what this misses."""
+        url = make_url(self._settings.database_dsn).set(drivername="postgresql")
+        dsn = url.render_as_string(hide_password=False)
+        while True:
+            try:
+                connection: psycopg.AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
+                    dsn, autocommit=True, application_name="sluice sweep listen",
+                    connect_timeout=max(1, round(self._settings.connect_timeout_s)),
+                )  # fmt: skip
+                async with connection:
+                    await connection.execute(f"LISTEN {STAGE_CHANNEL}")
+                    async for _ in connection.notifies():
+                        self._woken.set()
+            except (psycopg.Error, OSError) as error:
+                log.warning("sweep: not listening (%s)", type(error).__name__)
+            await asyncio.sleep(self._settings.sweep_interval_s)
+
+
+def _is_queued(entry: Settlement, settled: Settled) -> bool:
+    return entry["job_state"] == State.QUEUED and settled.published_at is not None
+
+
+def _message(entry: Settlement, settled: Settled) -> JobMessage:
+    assert settled.published_at is not None
+    return JobMessage(
+        queue=settled.queue,
+        job_ids=(entry["job_id"],),
+        published_at=settled.published_at,
+        fence=entry["fence"],
+    )
