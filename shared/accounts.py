@@ -30,7 +30,7 @@ class Account:
     is_active: bool
 
 
-def check_name(name: str) -> str:
+def check_name(name: object) -> str:
     """Return the name; raise `InvalidJob` if an account cannot be called this."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidJob(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -20,7 +21,21 @@ SCHEMA_REVISION = "0002"
 CONNECTION_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
 
 
-def _options(settings: Settings, application_name: str, pool_size: int | None) -> dict[str, Any]:
+#: Plans of statements that go by key must not depend on how full the tables were when they were
+#: made: a plan made for an empty table would read a full one from end to end.
+BY_KEY = ("enable_seqscan=off", "enable_hashjoin=off", "enable_mergejoin=off")
+#: Statements that look for something are planned each time, for the tables as they are.
+BY_SIZE = ("plan_cache_mode=force_custom_plan",)
+
+
+def _options(
+    settings: Settings, application_name: str, pool_size: int | None, planner: Sequence[str]
+) -> dict[str, Any]:
+    server = [
+        f"statement_timeout={round(settings.command_timeout_s * 1000)}",
+        "timezone=UTC",
+        *planner,
+    ]
     return {
         "pool_size": pool_size or settings.database_pool_size,
         "max_overflow": 0,
@@ -37,8 +52,7 @@ def _options(settings: Settings, application_name: str, pool_size: int | None) -
             "keepalives_interval": 5,
             "keepalives_count": 3,
             "tcp_user_timeout": round(settings.command_timeout_s * 1000),
-            "options": f"-c statement_timeout={round(settings.command_timeout_s * 1000)}"
-            " -c timezone=UTC",
+            "options": " ".join(f"-c {option}" for option in server),
         },
     }
 
@@ -47,15 +61,21 @@ def make_engine(
     settings: Settings, *, application_name: str = "sluice", pool_size: int | None = None
 ) -> Engine:
     """Build the synchronous engine, in autocommit; it connects at first use."""
-    return create_engine(settings.database_dsn, **_options(settings, application_name, pool_size))
+    return create_engine(
+        settings.database_dsn, **_options(settings, application_name, pool_size, BY_SIZE)
+    )
 
 
 def make_async_engine(
-    settings: Settings, *, application_name: str = "sluice", pool_size: int | None = None
+    settings: Settings,
+    *,
+    application_name: str = "sluice",
+    pool_size: int | None = None,
+    planner: Sequence[str] = BY_SIZE,
 ) -> AsyncEngine:
     """Build the asyncio engine, in autocommit; it connects at first use."""
     return create_async_engine(
-        settings.database_dsn, **_options(settings, application_name, pool_size)
+        settings.database_dsn, **_options(settings, application_name, pool_size, planner)
     )
 
 

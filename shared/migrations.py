@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
+from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.util import CommandError
@@ -21,7 +22,6 @@ from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from alembic import command
 from sluicegate.shared.database import sqlstate
 from sluicegate.shared.errors import SluiceError
 from sluicegate.shared.settings import Settings

@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     #: Statements collect jobs this long; a call takes hundreds of times longer.
     linger_s: Annotated[float, Field(ge=0)] = 0.004
     #: The most jobs one statement carries.
-    coalesce_max: Count = 200
+    coalesce_max: Count = 100
     #: How long an unacked message stays with a worker before the broker offers it again.
     visibility_timeout_s: Count = 3600
 

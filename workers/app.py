@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -27,7 +26,6 @@ app = make_celery(
     worker_enable_mingle=False,
 )
 run_jobs = register(app)
-
 
 
 @worker_init.connect(weak=False)

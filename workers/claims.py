@@ -20,24 +20,26 @@ from sluicegate.workers.statements import execute, through_disconnects
 _EARLY_S = 2
 
 # The worker's row is locked first: a worker that has been declared dead has none, and claims
-# nothing. The last branch answers a repeat whose first try committed but was not heard of.
+# nothing. Rows are found by key alone and judged once they are locked. The last branch answers a
+# repeat whose first try committed but was not heard of.
 _CLAIM = f"""
 WITH me AS (
     SELECT id FROM workers WHERE id = %(worker_id)s FOR KEY SHARE
 ), wanted AS (
     SELECT * FROM json_to_recordset(%(items)s::json) AS t(job_id uuid, claim_id uuid)
 ), locked AS (
-    SELECT j.id, wanted.claim_id
+    SELECT j.id, wanted.claim_id, j.state, j.queue, j.run_at
     FROM wanted JOIN jobs j ON j.id = wanted.job_id CROSS JOIN me
-    WHERE j.state = 'queued' AND j.queue = ANY(%(queues)s::text[])
-      AND j.run_at <= now() + interval '{_EARLY_S} seconds'
     ORDER BY j.id
     FOR NO KEY UPDATE OF j
 ), claimed AS (
     UPDATE jobs j
     SET state = 'running', worker_id = %(worker_id)s, claim_id = locked.claim_id,
         fence = j.fence + 1
-    FROM locked WHERE j.id = locked.id
+    FROM locked
+    WHERE j.id = locked.id AND locked.state = 'queued'
+      AND locked.queue = ANY(%(queues)s::text[])
+      AND locked.run_at <= now() + interval '{_EARLY_S} seconds'
     RETURNING j.*
 ), held AS (
     SELECT * FROM claimed

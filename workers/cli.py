@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ def worker_argv(pool: str, lane: Lane, queues: list[str]) -> list[str]:
     """Return the command line of a worker process: plain Celery, in this interpreter."""
     name = f"{pool}-{lane.value}@%h"
     return [
-        *(sys.executable, "-m", "celery", "-A", "sluicegate.workers.app", "worker"),
+        *(sys.executable, "-m", "celery", "--quiet", "-A", "sluicegate.workers.app", "worker"),
         *("-Q", ",".join(queues), "-n", name),
         *("--without-gossip", "--without-mingle", "--loglevel", "WARNING"),
     ]
@@ -72,6 +73,8 @@ def worker(
 def sweep() -> None:
     """Run the sweep: stages bulk work, rescues dead workers' jobs, publishes what was lost."""
     from sluicegate.workers.sweep.loops import Sweep  # noqa: PLC0415 - other commands start faster
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     async def run() -> None:
         loops = asyncio.ensure_future(Sweep(get_settings()).run())

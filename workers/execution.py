@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 _LATENCY_WEIGHT = 0.2
 
+_DEFECT = outcomes.refusal("a defect of ours ended it; it is logged", ErrorClass.INTERNAL)
+
 
 @dataclass(frozen=True, slots=True)
 class Again:
@@ -130,18 +132,15 @@ class Execution:
         except Exception:
             # The log says where; the caller is told that it was us.
             log.exception("job %s met a defect", job.id)
-            defect = outcomes.refusal(
-                "a defect of ours ended it; it is logged", ErrorClass.INTERNAL
-            )
-            return await self._end(job, outcomes.failed(job, State.FAILED, defect))
+            return await self._end(job, outcomes.failed(job, State.FAILED, _DEFECT))
         finally:
             self._parts.claims.let_go(job.id)
             self._parts.slots.release(1)
 
     async def _attempt(self, job: Job) -> Again | None:
         parts = self._parts
-        loop = asyncio.get_running_loop()
-        if job.deadline_s <= loop.time():
+        await parts.heartbeat.wait_valid()
+        if job.deadline_s <= asyncio.get_running_loop().time():
             return await self._expire(job)
 
         # Route. The catalogue may have changed since the job was submitted.
@@ -154,7 +153,6 @@ class Execution:
         # Admit: breaker, limits and the budget's copy in Redis have their place here.
 
         # Dispatch: from here on the call may cost money, whatever becomes of this process.
-        await parts.heartbeat.wait_valid()
         attempt = Attempt(
             attempt_id=new_id(),
             job_id=job.id,
@@ -178,12 +176,20 @@ class Execution:
         except asyncio.CancelledError:
             if self.stopping:
                 raise  # out of time: whoever resolves this worker's attempts books it as unknown
-            ended = outcomes.cancelled_attempt(attempt)
             error = outcomes.refusal("the job was cancelled", ErrorClass.CANCELLED)
-            await self._end(
-                job, outcomes.failed(job, State.CANCELLED, error, attempt=attempt, ended=ended)
-            )
+            await self._end_cut_off(job, State.CANCELLED, attempt, error)
             raise
+        except Exception:
+            log.exception("job %s met a defect during its call", job.id)
+            await self._end_cut_off(job, State.FAILED, attempt, _DEFECT)
+            return None
+
+    async def _end_cut_off(
+        self, job: Job, state: State, attempt: Attempt, error: ProviderError
+    ) -> None:
+        """End a job in the middle of its call: what that cost only the provider knows."""
+        ended = outcomes.cut_off_attempt(attempt, state)
+        await self._end(job, outcomes.failed(job, state, error, attempt=attempt, ended=ended))
 
     def _plan(self, job: Job, catalogue: Catalogue) -> Plan:
         settings = self._parts.settings

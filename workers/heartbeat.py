@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -97,8 +98,8 @@ class Heartbeat:
 
     @property
     def valid(self) -> bool:
-        """Whether a call may leave now."""
-        return asyncio.get_running_loop().time() < self._valid_until
+        """Whether a call may leave now, by a clock that also ran while this process was frozen."""
+        return time.monotonic() < self._valid_until
 
     async def wait_valid(self) -> None:
         """Wait until a call may leave."""
@@ -107,7 +108,7 @@ class Heartbeat:
             await self._confirmed.wait()
 
     async def _enter(self) -> None:
-        sent = asyncio.get_running_loop().time()
+        sent = time.monotonic()
         await execute(
             self._engine,
             _ENTER,
@@ -133,7 +134,7 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         load = self._load()
-        sent = asyncio.get_running_loop().time()
+        sent = time.monotonic()
         rows = await execute(
             self._engine,
             _BEAT,

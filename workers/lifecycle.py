@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sluicegate.shared.catalogue import AsyncCatalogueCache
 from sluicegate.shared.celery_app import JobMessage, send
-from sluicegate.shared.database import check_schema, make_async_engine
+from sluicegate.shared.database import BY_KEY, check_schema, make_async_engine
 from sluicegate.shared.errors import SettingsError
 from sluicegate.shared.queues import parse_queue
 from sluicegate.shared.redis_client import make_async_redis
@@ -79,7 +79,9 @@ class Worker:
     async def start(self) -> None:
         """Connect, check the schema, enter the worker's row; raises a clear error."""
         settings = self._settings
-        self._engine = make_async_engine(settings, application_name=f"sluice {self._name}")
+        self._engine = make_async_engine(
+            settings, application_name=f"sluice {self._name}", planner=BY_KEY
+        )
         self._beat_engine = make_async_engine(
             settings, application_name=f"sluice beat {self._name}", pool_size=1
         )

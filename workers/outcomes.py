@@ -68,9 +68,9 @@ def ended_attempt(
     return _ended(attempt, AttemptState.FAILED) | booking | _reason(error)
 
 
-def cancelled_attempt(attempt: Attempt) -> Settlement:
-    """Book a call that `job cancel` cut off: what it cost only the provider knows."""
-    return _ended(attempt, AttemptState.CANCELLED) | estimate(attempt)
+def cut_off_attempt(attempt: Attempt, state: State) -> Settlement:
+    """Book a call that was cut off in the middle: what it cost only the provider knows."""
+    return _ended(attempt, AttemptState(state.value)) | estimate(attempt)
 
 
 def failed(

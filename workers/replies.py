@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 #: The field of a stream entry that holds the event.
 FIELD = "e"
 
+_BEGIN_TIMEOUT_S = 1.0
+
 
 class Channel:
     """One job's reply channel under one fence; made by `Replies`.
@@ -97,7 +99,12 @@ class Replies:
         channel.n += 1
         kind = "started" if attempt == 1 else "reset"
         payload = orjson.dumps({"type": kind, "model": model, "attempt": attempt})
-        await self._send(channel.key, event_id(channel.fence, channel.n), payload)
+        sent = self._send(channel.key, event_id(channel.fence, channel.n), payload)
+        try:
+            await asyncio.wait_for(sent, _BEGIN_TIMEOUT_S)
+        except TimeoutError:
+            # The call must not wait for Redis. Without its beginning the rest is of no use.
+            channel.lost = True
 
     async def end(self, channel: Channel, payload: bytes) -> None:
         """Append the terminal event: nothing of this fence can follow it."""

@@ -37,7 +37,8 @@ class RunJobs(AsyncTask):
         """Take the jobs that can be claimed to an outcome; return how many messages follow."""
         try:
             ids = [UUID(job_id) for job_id in job_ids]
-            sent = (self.request.headers or {}).get(PUBLISHED_AT)
+            # Celery makes a message's headers attributes of the request.
+            sent = self.request.get(PUBLISHED_AT)
             published_at = datetime.fromisoformat(sent) if sent else None
         except (TypeError, ValueError, AttributeError):
             log.error("a message that is not ours was dropped: its arguments are not job ids")

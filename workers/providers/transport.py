@@ -245,19 +245,7 @@ class _Run:
         async for chunk in chunks:
             received += len(chunk)
             self._check_size(received)
-            try:
-                for event in decoder.feed(chunk):
-                    if not reading.ended:
-                        reading.event(event)
-            except SseTooLongError as error:
-                raise Fault(
-                    ErrorClass.STREAM_BROKEN, f"the stream of {self._provider} is broken: {error}"
-                ) from None
-            except _WRONG_SHAPE:
-                raise Fault(
-                    ErrorClass.STREAM_BROKEN,
-                    f"{self._provider} sent a piece of a stream that cannot be read",
-                ) from None
+            self._take(decoder, chunk)
             if reading.began:
                 elapsed_s = self._elapsed_s()
                 if self.first_token_ms is None:
@@ -275,6 +263,18 @@ class _Run:
                         async for _ in chunks:
                             pass
                 return
+
+    def _take(self, decoder: SseDecoder, chunk: bytes) -> None:
+        try:
+            for event in decoder.feed(chunk):
+                if not self._reading.ended:
+                    self._reading.event(event)
+        except _WRONG_SHAPE as error:
+            why = f": {error}" if isinstance(error, SseTooLongError) else ""
+            raise Fault(
+                ErrorClass.STREAM_BROKEN,
+                f"{self._provider} sent a piece of a stream that cannot be read{why}",
+            ) from None
 
     def _pass_on(self) -> None:
         fresh = self._reading.fresh()
