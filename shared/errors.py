@@ -28,6 +28,10 @@ class InvalidJob(SluiceError):
         self.field = field
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[InvalidJob], tuple[str, str]]:
+        """Pickle by what the error is made of: the base class would call us with the message."""
+        return type(self), (self.field, self.problem)
+
 
 class IdempotencyConflict(SluiceError):
     """This idempotency key was used before with another request; use a new key."""

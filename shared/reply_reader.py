@@ -314,8 +314,16 @@ class AsyncReplyReader(_Reader):
         """End every wait with an error, and both tasks."""
         self._closed = True
         self._channels.fail(SluiceError("this client was closed"))
+        self._work.set()
+        self._changed.set()
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
+        if not tasks:
+            return
+        reading, looking = tasks
+        reading.cancel()
+        # A connection to Postgres that is given up half-way would stay open until it is collected.
+        _, late = await asyncio.wait((looking,), timeout=self._block_s)
+        for task in late:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -330,9 +338,11 @@ class AsyncReplyReader(_Reader):
 
     async def _run(self, step: Callable[[], Coroutine[Any, Any, float]]) -> None:
         while True:
-            while not self._channels:
+            while not self._channels and not self._closed:
                 self._work.clear()
                 await self._work.wait()
+            if self._closed:
+                return
             try:
                 pause_s = await step()
             except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
@@ -360,9 +370,10 @@ class AsyncReplyReader(_Reader):
             else:
                 if self._postgres_answered(jobs, rows):
                     await self._wake()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._until_next_check()):
-                await self._changed.wait()
+        if not self._closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._until_next_check()):
+                    await self._changed.wait()
         return _GATHER_S
 
     async def _wake(self) -> None:

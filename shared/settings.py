@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sluicegate.shared.errors import SettingsError
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 #: The SDKs' own variables, without our prefix, so that one `.env` serves both.
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     #: A beat that stands still this long, under unbroken watch, means a dead worker.
     dead_after_s: Seconds = 15
     #: Statements collect jobs this long; a call takes hundreds of times longer.
-    linger_s: Annotated[float, Field(ge=0)] = 0.004
+    linger_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.004
     #: The most jobs one statement carries.
     coalesce_max: Count = 100
     #: How long an unacked message stays with a worker before the broker offers it again.

@@ -29,6 +29,12 @@ SELECT * FROM moved
 """
 
 
+def waiting(client: redis.Redis) -> int:
+    """How many connections wait for reply channels."""
+    found: Any = client.client_list()
+    return sum(one["cmd"] == "xread" and "b" in one["flags"] for one in found)
+
+
 class StandIn:
     """Works on one job."""
 

@@ -357,7 +357,8 @@ class TaskPool(BasePool):
         elif (problem := drained.exception()) is not None:
             logger.error("Stopping went wrong.", exc_info=problem)
         if hub is None:
-            logger.warning("There is no broker to tell what ended: its messages come back later.")
+            if self._calls:
+                logger.warning("No broker can be told what ended: the messages come back later.")
             self._calls.clear()
         else:
             self._run_calls()

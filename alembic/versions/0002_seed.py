@@ -80,6 +80,7 @@ _USE_CASE_ROWS = [
     _use_case("general", "Everything that has no use case of its own.", max_tokens=1024),
 ]
 
+
 def _provider(
     number: int,
     name: str,

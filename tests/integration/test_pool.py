@@ -87,7 +87,7 @@ class Broker:
         return str(self.app.send_task(task, args, **options).id)
 
     def notes(self, key: str) -> list[str]:
-        return self.redis.lrange(key, 0, -1)
+        return [str(note) for note in self.redis.lrange(key, 0, -1)]
 
     def until_noted(self, key: str, count: int, timeout_s: float = 30) -> list[str]:
         until(lambda: self.redis.llen(key), lambda n: n >= count, timeout_s)
@@ -349,14 +349,14 @@ def test_a_hard_time_limit_cancels(broker: Broker, worker: Worker) -> None:
 
 def test_a_soft_time_limit_is_raised_inside_the_coroutine(broker: Broker, worker: Worker) -> None:
     key = name()
-    task = broker.send("softly", key)
+    task = broker.send("softly", key, soft_time_limit=0.2)
     assert broker.until_noted(key, 2) == ["SoftTimeLimitExceeded", "went on"]
     broker.until_all_acked()
     until(lambda: f"softly[{task}] succeeded" in worker.output)
 
 
 def test_pool_grow_and_shrink_change_how_many_messages_wait(broker: Broker) -> None:
-    control = broker.app.control
+    control: Any = broker.app.control
     [grown] = control.pool_grow(2, reply=True, timeout=5, limit=1)
     assert "ok" in next(iter(grown.values()))
     assert broker.stats()["prefetch_count"] == broker.stats()["pool"]["max-concurrency"] == 3
@@ -434,11 +434,11 @@ def test_after_the_grace_period_tasks_are_cancelled(
     began = time.monotonic()
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert own.notes(f"{raising}:tidied") == own.notes(f"{returning}:tidied") == ["tidied"]
     assert own.unacked() == 0
     assert own.queued() == 1, "what was cut off is another worker's; what ended itself is done"
-    assert raising_id in own.redis.lindex("celery", 0)
+    assert raising_id in str(own.redis.lindex("celery", 0))
     assert_clean(worker)
 
 
@@ -458,7 +458,7 @@ def test_sigquit_cancels_at_once(
         if number is signal.SIGTERM:
             own.until_noted("drain", 1)
     worker.wait()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert own.notes(f"{key}:tidied") == ["tidied"]
     assert own.queued() == 1
     assert own.redis.llen("closed") == 1
@@ -474,7 +474,7 @@ def test_a_body_that_ignores_cancellation_does_not_keep_the_worker(
     began = time.monotonic()
     worker.signal(signal.SIGTERM)
     worker.wait()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
     assert own.queued() == 1
     assert "1 tasks did not end when cancelled" in worker.output
 
@@ -489,7 +489,7 @@ def test_a_task_that_blocks_the_loop_does_not_keep_the_worker(
     began = time.monotonic()
     worker.signal(signal.SIGTERM)
     worker.wait()
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 60
     assert own.queued() == 1
     assert "The event loop does not answer" in worker.output
 
@@ -545,7 +545,7 @@ def test_sigterm_while_the_broker_is_away_still_drains(tmp_path: Path) -> None:
         began = time.monotonic()
         assert worker.wait() == 0
         assert time.monotonic() - began < 20
-        assert "There is no broker to tell what ended" in worker.output
+        assert "No broker can be told what ended" in worker.output
         assert "Unrecoverable" not in worker.output
     finally:
         worker.kill()

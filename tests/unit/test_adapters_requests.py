@@ -44,7 +44,7 @@ def claude(spec: JobSpec, *, stream: bool = False) -> dict[str, Any]:
 
 
 def turns(*messages: tuple[str, tuple[Part, ...]]) -> JobSpec:
-    return build_spec("draft", [Message(role=role, content=parts) for role, parts in messages])  # type: ignore[arg-type]  # roles are literals
+    return build_spec("draft", [Message(role=role, content=parts) for role, parts in messages])
 
 
 def test_the_smallest_request() -> None:
@@ -155,7 +155,11 @@ def test_tool_calls_and_their_results() -> None:
                     "type": "function",
                     "function": {"name": "weather", "arguments": '{"city":"Bern"}'},
                 },
-                {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": "{}"}},
+                {
+                    "id": "c2",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": "{}"},
+                },
             ],
         },
         {"role": "tool", "tool_call_id": "c1", "content": "sunny"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,14 +12,19 @@ from sluicegate.workers.providers.sse import ServerSentEvent, SseDecoder, SseToo
 
 
 def decode(*chunks: bytes) -> list[tuple[bytes, bytes]]:
-    decoder = SseDecoder()
-    return [tuple(event) for chunk in chunks for event in decoder.feed(chunk)]  # type: ignore[misc]  # a NamedTuple of two
+    return decode_with(SseDecoder(), chunks)
+
+
+def decode_with(decoder: SseDecoder, chunks: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+    return [(event.event, event.data) for chunk in chunks for event in decoder.feed(chunk)]
 
 
 def by_the_book(stream: bytes) -> list[tuple[bytes, bytes]]:
     """The standard's algorithm, written down naively over a whole stream."""
     lines = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    events, kind, data = [], b"", []
+    kind = b""
+    events: list[tuple[bytes, bytes]] = []
+    data: list[bytes] = []
     for line in lines.split(b"\n")[:-1]:
         name, _, value = line.partition(b":")
         value = value[1:] if value.startswith(b" ") else value
@@ -76,14 +83,11 @@ def test_a_bare_carriage_return_ends_an_event_without_waiting_for_more() -> None
     assert decoder.feed(b"\ndata: y\n\n") == [ServerSentEvent(b"", b"y")]
 
 
-@pytest.mark.parametrize(
-    "chunk", [b"x" * 40, b"data: " + b"x" * 40 + b"\n", b"data: 1234567890\n"]
-)
+@pytest.mark.parametrize("chunk", [b"x" * 40, b"data: " + b"x" * 40 + b"\n", b"data: 1234567890\n"])
 def test_an_endless_event_is_refused(chunk: bytes) -> None:
     decoder = SseDecoder(max_event_bytes=100)
-    with pytest.raises(SseTooLongError):
-        for _ in range(20):
-            decoder.feed(chunk)
+    with pytest.raises(SseTooLongError, match="100 bytes"):
+        decode_with(decoder, [chunk] * 20)
 
 
 def test_many_events_are_not_one_long_event() -> None:

@@ -33,6 +33,8 @@ from sluicegate.workers.providers.reading import CONTEXT_FULL, FILTERED, Reading
 from sluicegate.workers.providers.sse import ServerSentEvent
 from sluicegate.workers.providers.transport import KEEPALIVE_S, HttpAdapter, tls_context
 
+#: How messages call it.
+_PROVIDER: Final = "the anthropic provider"
 OFFICIAL_URL: Final = "https://api.anthropic.com"
 
 
@@ -42,7 +44,7 @@ class AnthropicAdapter(HttpAdapter):
     def __init__(
         self, *, base_url: str | None, api_key: str, max_connections: int, use_proxy: bool = True
     ) -> None:
-        super().__init__(provider="anthropic", api_key=api_key, max_connections=max_connections)
+        super().__init__(provider=_PROVIDER, api_key=api_key, max_connections=max_connections)
         self._client = anthropic.AsyncAnthropic(
             api_key=api_key,
             base_url=base_url or OFFICIAL_URL,
@@ -180,7 +182,7 @@ def _base64(media_type: str, data: str | None) -> dict[str, Any]:
 class AnthropicReading(Reading):
     """Reads a message, or its events. A streamed answer is complete at `message_stop`."""
 
-    provider = "anthropic"
+    provider = _PROVIDER
     FINISH: ClassVar[Mapping[str, str]] = {
         "end_turn": "stop",
         "stop_sequence": "stop",

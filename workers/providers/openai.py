@@ -39,6 +39,8 @@ from sluicegate.workers.providers.reading import FILTERED, Reading
 from sluicegate.workers.providers.sse import ServerSentEvent
 from sluicegate.workers.providers.transport import KEEPALIVE_S, HttpAdapter, tls_context
 
+#: How messages call it; the server may be a compatible one.
+_PROVIDER: Final = "the openai provider"
 OFFICIAL_URL: Final = "https://api.openai.com/v1"
 
 
@@ -48,7 +50,7 @@ class OpenAIAdapter(HttpAdapter):
     def __init__(
         self, *, base_url: str | None, api_key: str, max_connections: int, use_proxy: bool = True
     ) -> None:
-        super().__init__(provider="openai", api_key=api_key, max_connections=max_connections)
+        super().__init__(provider=_PROVIDER, api_key=api_key, max_connections=max_connections)
         self._client = openai.AsyncOpenAI(
             api_key=api_key,
             base_url=base_url or OFFICIAL_URL,
@@ -213,7 +215,7 @@ class OpenAIReading(Reading):
     that was asked for: without either the stream was cut, perhaps in front of its bill.
     """
 
-    provider = "openai"
+    provider = _PROVIDER
     FINISH: ClassVar[Mapping[str, str]] = {
         "stop": "stop",
         "length": "length",

@@ -43,7 +43,7 @@ class Reading(ABC):
     `whole` takes a body, `event` one event of a stream; then `conclude` judges the result.
     """
 
-    #: The wire's name, for messages.
+    #: How messages call it.
     provider: ClassVar[str]
     #: The wire's finish reasons in our words; others are passed through.
     FINISH: ClassVar[Mapping[str, str]]
@@ -125,7 +125,7 @@ class Reading(ABC):
             )
         if finish == CONTEXT_FULL:
             raise Fault(
-                ErrorClass.CONTEXT_TOO_LONG, f"the context of the {self.provider} model is full"
+                ErrorClass.CONTEXT_TOO_LONG, f"the context of the model at {self.provider} is full"
             )
         calls = []
         for call in self._tool_calls.values():

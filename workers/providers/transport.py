@@ -57,7 +57,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 class HttpAdapter(ABC):
-    """Makes calls; a subclass knows its SDK and its wire."""
+    """Makes calls; a subclass knows its SDK and its wire. `provider` is its name in messages."""
 
     def __init__(self, *, provider: str, api_key: str, max_connections: int) -> None:
         self._provider = provider

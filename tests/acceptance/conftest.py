@@ -1,0 +1,36 @@
+"""A rig for each module: its tests share workers, each has jobs of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sluicegate.workers.local.sandbox_control import SandboxControl
+from tests.harness import Rig, open_rig
+
+
+@pytest.fixture(scope="module")
+def module_rig(
+    postgres: Any,
+    valkey: str,
+    _sandbox_process: SandboxControl,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Rig]:
+    """Return the module's rig, without processes: a fixture of the module starts those."""
+    folder = tmp_path_factory.mktemp("rig")
+    with (
+        postgres.database(template=postgres.template) as url,
+        open_rig(
+            database_url=url, redis_url=valkey, sandbox=_sandbox_process, folder=folder
+        ) as rig,
+    ):
+        yield rig
+
+
+@pytest.fixture
+def rig(module_rig: Rig, sandbox: SandboxControl) -> Rig:
+    """Return the module's rig, the sandbox's books empty and its pace as usual."""
+    assert module_rig.sandbox is sandbox
+    return module_rig

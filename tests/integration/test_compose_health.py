@@ -1,0 +1,66 @@
+"""The health checks of `docker-compose.yml`, run as the containers run them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from sqlalchemy import Engine, text
+
+from sluicegate.shared.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+Check = Callable[[str], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def check(settings: Settings, environment: Callable[[Settings], dict[str, str]]) -> Check:
+    """Return a function that runs the health check of a service."""
+
+    def run(service: str) -> subprocess.CompletedProcess[str]:
+        kind, program, *arguments = SERVICES[service]["healthcheck"]["test"]
+        assert (kind, program) == ("CMD", "python")
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment(settings),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_worker_is_healthy_while_it_beats(check: Check, engine: Engine) -> None:
+    assert check("worker-openai").returncode != 0
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO workers (id, name, pool, lane, queues)"
+                " VALUES (gen_random_uuid(), :name, 'openai', 'interactive', '{}')"
+            ),
+            {"name": f"openai-interactive@{socket.gethostname()}"},
+        )
+        healthy = check("worker-openai")
+        assert healthy.returncode == 0, healthy.stderr
+        connection.execute(text("UPDATE workers SET seen_at = now() - interval '1 minute'"))
+    assert check("worker-openai").returncode != 0
+
+
+def test_the_others_are_healthy_with_a_database_of_their_version(
+    check: Check, engine: Engine
+) -> None:
+    healthy = check("sweep")
+    assert healthy.returncode == 0, healthy.stderr
+    assert SERVICES["migrate"]["healthcheck"] == SERVICES["sweep"]["healthcheck"]
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    assert check("sweep").returncode != 0
