@@ -15,8 +15,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from uuid import UUID
 
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy import Connection
 from tenacity import Retrying
 
@@ -28,7 +26,7 @@ from sluicegate.producers.outcomes import (
     result_of,
     timed_out,
 )
-from sluicegate.producers.publishing import make_publisher, publish_accepted
+from sluicegate.producers.publishing import publish_accepted
 from sluicegate.producers.storing import (
     FIND,
     INSERT,
@@ -53,6 +51,7 @@ from sluicegate.producers.submission import (
 )
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
 from sluicegate.shared.catalogue import Catalogue, CatalogueCache, read
+from sluicegate.shared.celery_app import make_celery
 from sluicegate.shared.database import make_engine
 from sluicegate.shared.errors import NotFound, SluiceError
 from sluicegate.shared.events import Event
@@ -129,9 +128,7 @@ class _Lines:
         self.pid = os.getpid()
         self.engine = make_engine(settings, application_name="sluice producer")
         self.redis = make_redis(settings)
-        # Reconnect once, at once: waiting for a server to come back is not submit's to do.
-        self.redis.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 1)
-        self.app = make_publisher(settings)
+        self.app = make_celery(settings)
         self.reader = ReplyReader(settings=settings, engine=self.engine, client=self.redis)
         self.catalogue = CatalogueCache(
             prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s

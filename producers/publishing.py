@@ -6,13 +6,10 @@ import logging
 import time
 from collections.abc import Sequence
 
-import redis
 from celery import Celery
-from kombu.exceptions import KombuError
 
-from sluicegate.shared.celery_app import JobMessage, make_celery, publish
+from sluicegate.shared.celery_app import JobMessage, publish
 from sluicegate.shared.errors import QueueUnavailable
-from sluicegate.shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +17,6 @@ log = logging.getLogger(__name__)
 _PIPELINE_MESSAGES = 500
 #: A connection that broke while it lay idle is found out at once, and a new one takes over.
 _QUICK_S = 1.0
-_ERRORS = (QueueUnavailable, KombuError, redis.RedisError, OSError)
-
-
-def make_publisher(settings: Settings) -> Celery:
-    """Build the app that a client publishes with."""
-    app = make_celery(settings)
-    # kombu would try to connect for seconds, while the caller waits and the sweep could do it.
-    app.conf.broker_transport_options |= {"max_retries": 1, "interval_start": 0}
-    return app
 
 
 def publish_accepted(app: Celery, messages: Sequence[JobMessage]) -> None:
@@ -42,11 +30,11 @@ def publish_accepted(app: Celery, messages: Sequence[JobMessage]) -> None:
         try:
             try:
                 publish(app, part)
-            except _ERRORS:
+            except QueueUnavailable:
                 if time.monotonic() - began_at > _QUICK_S:
                     raise
                 publish(app, part)
-        except _ERRORS as error:
+        except QueueUnavailable as error:
             log.warning(
                 "the broker did not answer; the sweep will publish what is accepted (jobs: %d): %s",
                 len(messages) - start,

@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import redis
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 
 from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.ids import new_id
@@ -98,6 +99,8 @@ def make_celery(settings: Settings, **overrides: Any) -> Celery:
         event_queue_ttl=10.0,
         event_queue_expires=60.0,
         broker_connection_retry_on_startup=True,
+        # A worker outlives any outage of the broker: its calls go on, and there is nothing else.
+        broker_connection_max_retries=None,
         # Every queue has the same priority: lanes are queues of their own.
         task_queue_max_priority=None,
         broker_transport_options={
@@ -111,6 +114,10 @@ def make_celery(settings: Settings, **overrides: Any) -> Celery:
             "socket_connect_timeout": settings.connect_timeout_s,
             "socket_keepalive": True,
             "health_check_interval": 25,
+            # A publisher does not wait for a broker that refuses: what it has to say is in
+            # Postgres, and the sweep says it. Workers reconnect by a setting of their own.
+            "max_retries": 1,
+            "interval_start": 0,
         },
         broker_pool_limit=4,
         # A publish that fails is reported at once: the row is there, and the sweep publishes it.
@@ -134,7 +141,7 @@ def publish(app: Celery, messages: Iterable[JobMessage]) -> None:
         ):
             for message in messages:
                 send(app, message, producer=producer)
-    except (OperationalError, OSError) as error:
+    except (KombuError, redis.RedisError, OSError) as error:
         raise QueueUnavailable(f"the message broker did not answer: {error}") from error
 
 

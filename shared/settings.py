@@ -6,7 +6,7 @@ from functools import cache
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sluicegate.shared.errors import SettingsError
@@ -140,6 +140,15 @@ class Settings(BaseSettings):
     def _redis_url(cls, value: SecretStr) -> SecretStr:
         if not _is_url(value.get_secret_value(), "redis", "rediss"):
             raise ValueError("must look like redis://:password@host:6379/0")
+        return value
+
+    @field_validator("beat_valid_s", "dead_after_s")
+    @classmethod
+    def _longer(cls, value: float, info: ValidationInfo) -> float:
+        # A worker must have stopped calling before it can be declared dead.
+        shorter = "beat_interval_s" if info.field_name == "beat_valid_s" else "beat_valid_s"
+        if value <= info.data.get(shorter, 0.0):
+            raise ValueError(f"must be above SLUICE_{shorter.upper()} ({info.data[shorter]:g})")
         return value
 
     @property

@@ -9,14 +9,12 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
@@ -31,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from sluicegate.demo_tally import Group, Tally
 from sluicegate.shared.errors import SettingsError, SluiceError
 from sluicegate.shared.settings import Settings, load_settings
 
@@ -88,100 +87,6 @@ def load_jobs() -> list[Job]:
     """Return the data set that ships: invented notes, e-mails and calls of invented companies."""
     text = files("sluicegate").joinpath("data", "crm.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.strip().split("\n")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """The jobs of one use case that one model answered, or that none did."""
-
-    use_case: str
-    model: str
-    results: tuple[Result, ...]
-
-    @property
-    def succeeded(self) -> int:
-        """How many have an answer."""
-        return sum(result.state == "succeeded" for result in self.results)
-
-    @property
-    def median_latency_s(self) -> float:
-        """From submit to answer, the wait in queues included."""
-        return statistics.median(result.latency_s or 0.0 for result in self.results)
-
-    @property
-    def input_tokens(self) -> int:
-        """Tokens of all prompts, cached or not."""
-        return sum(result.usage.total_input for result in self.results)
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(result.usage.output for result in self.results)
-
-    @property
-    def cost_nano_usd(self) -> int:
-        """What all attempts have cost."""
-        return sum(result.cost_nano_usd for result in self.results)
-
-    @property
-    def baseline_nano_usd(self) -> int:
-        """What the same tokens cost on the baseline model."""
-        return sum(result.baseline_nano_usd for result in self.results)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
-    """What became of the jobs. elapsed_s: from the first submit to the last answer."""
-
-    results: tuple[Result, ...]
-    elapsed_s: float
-
-    @property
-    def total(self) -> Group:
-        """All jobs."""
-        return Group(use_case="", model="", results=self.results)
-
-    @property
-    def failed(self) -> int:
-        """How many ended without an answer."""
-        return len(self.results) - self.total.succeeded
-
-    def groups(self, *, by_model: bool) -> list[Group]:
-        """Return the jobs by use case, in the order of their first job."""
-        found: dict[tuple[str, str], list[Result]] = {}
-        for result in self.results:
-            model = (result.model or "none") if by_model else ""
-            found.setdefault((result.use_case, model), []).append(result)
-        return [
-            Group(use_case=use_case, model=model, results=tuple(results))
-            for (use_case, model), results in found.items()
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        by_use_case = {
-            group.use_case: {
-                "jobs": len(group.results),
-                "succeeded": group.succeeded,
-                "failed": len(group.results) - group.succeeded,
-                "models": sorted({one.model for one in group.results if one.model}),
-                "median_latency_s": round(group.median_latency_s, 3),
-                "input_tokens": group.input_tokens,
-                "output_tokens": group.output_tokens,
-                "cost_nano_usd": group.cost_nano_usd,
-                "baseline_nano_usd": group.baseline_nano_usd,
-            }
-            for group in self.groups(by_model=False)
-        }
-        return {
-            "jobs": len(self.results),
-            "succeeded": self.total.succeeded,
-            "failed": self.failed,
-            "cost_nano_usd": self.total.cost_nano_usd,
-            "baseline_nano_usd": self.total.baseline_nano_usd,
-            "by_use_case": by_use_case,
-            "elapsed_s": round(self.elapsed_s, 3),
-        }
 
 
 def _run(screen: _Screen, *, real: bool, keep: bool) -> tuple[Tally, bool]:
@@ -335,14 +240,18 @@ def _stream(sluice: Sluice, job: Job, screen: _Screen) -> Result:
     use_case = str(job["use_case"])
     screen.say(f"One more {use_case}, its reply shown as it arrives:")
     handle = sluice.submit_many(None, [job], deadline_s=_DEADLINE_S)[0]
+    shown = ""
     for event in handle.events(timeout=_DEADLINE_S + _ANSWER_MARGIN_S):
         match event.payload:
             case Delta(text=text):
                 screen.write(text)
+                shown += text
             case Reset():
                 screen.write("\n(a new attempt starts again)\n")
+                shown = ""
             case Completed(result=result) | Failed(result=result):
-                screen.write("\n")
+                # The last words come with the whole answer instead of a delta of their own.
+                screen.write(f"{result.text.removeprefix(shown)}\n")
                 return result
     raise SluiceError(f"job {handle.id} has no last event; run `sluice demo --keep`, see its logs")
 
@@ -386,7 +295,7 @@ class _Screen:
             console.width = _PLAIN_WIDTH
 
     def say(self, sentence: str) -> None:
-        self._console.print(Text(sentence))
+        self._console.print(Text(sentence), soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Go on with the line that was begun, at once."""
@@ -431,16 +340,25 @@ class _Screen:
 
     def show(self, tally: Tally, *, baseline_model: str) -> None:
         """Print the table, and why jobs failed."""
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        self.say("")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
         table.add_column("use case", no_wrap=True)
         table.add_column("model", no_wrap=True)
-        for heading in ("jobs", "median", "tokens", "cost", f"on {baseline_model}", "saving"):
+        for heading in (
+            "jobs",
+            "median\nlatency",
+            "tokens",
+            "cost",
+            f"cost on\n{baseline_model}",
+            "saving",
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
         for group in tally.groups(by_model=True):
             table.add_row(group.use_case, group.model, *_figures(group))
         table.add_section()
         table.add_row("all", "", *_figures(tally.total))
         self._console.print(table)
+        self.say("")
         for result in tally.results:
             if result.error is not None:
                 self.say(

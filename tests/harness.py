@@ -166,6 +166,11 @@ class Rig:
 
     # Processes
 
+    @property
+    def services(self) -> list[Service]:
+        """The processes that run."""
+        return [service for service in self._services if service.ended() is None]
+
     def begin_worker(
         self,
         pool: str,

@@ -170,33 +170,43 @@ class Settler:
         self._engine = engine
         self._journal = journal
         self._forget = forget
+        self._is_away = False
+        #: What is handed in, not booked and not in the journal, by identity.
+        self._unkept: dict[int, Settlement] = {}
         self._settle = Coalescer[Settlement, Settled](
             statement=self._settle_many, max_items=max_items, linger_s=linger_s
         )
 
     async def settle(self, settlement: Settlement) -> Settled:
         """End an attempt (if it names one) and move its job (if it is still held)."""
-        return await self._settle(settlement)
+        self._unkept[id(settlement)] = settlement
+        try:
+            if self._is_away:
+                # The statements under way wait for Postgres, and this one for their turn.
+                await self._keep()
+            return await self._settle(settlement)
+        finally:
+            self._unkept.pop(id(settlement), None)
 
     async def _settle_many(self, settlements: Sequence[Settlement]) -> list[Settled]:
-        journaled = False
-
-        async def journal_once() -> None:
-            nonlocal journaled
-            if not journaled:
-                await self._journal(settlements)
-                journaled = True
-
         outcomes: list[Settled] = []
         for batch in _one_per_job(settlements):
             outcomes += await through_disconnects(
                 partial(settle_all, self._engine, batch),
                 give_up_after_s=None,
-                on_disconnect=journal_once,
+                on_disconnect=self._keep,
             )
-        if journaled:
+        self._is_away = False
+        if any(id(settlement) not in self._unkept for settlement in settlements):
             await self._forget(settlements)
         return outcomes
+
+    async def _keep(self) -> None:
+        """Have the journal keep all that is handed in and not booked."""
+        self._is_away = True
+        unkept, self._unkept = list(self._unkept.values()), {}
+        if unkept:
+            await self._journal(unkept)
 
 
 def _one_per_job(settlements: Sequence[Settlement]) -> list[list[Settlement]]:

@@ -129,9 +129,7 @@ class Fleet(Case):
     def supplied(self, stage: Stage, jobs: int | None) -> Iterator[None]:
         """Submit every job through the client, and run the sweep, which stages bulk jobs."""
         with ExitStack() as undo:
-            sweep = undo.enter_context(
-                stage.process("sweep", _SWEEP, self.environment(stage))
-            )
+            sweep = undo.enter_context(stage.process("sweep", _SWEEP, self.environment(stage)))
             with Sluice(settings=stage.settings) as sluice:
                 sluice.submit_many(USE_CASE, map(prompt, range(jobs or 0)), lane=self.lane.value)
             wait_until(
@@ -179,7 +177,7 @@ class Streams(Fleet):
                 raise BenchError(f"{self.name}: the client ended; see why in its log")
 
 
-_SWEEP = ("-c", "import asyncio; from sluicegate.workers.sweep.loops import Sweep; from sluicegate.shared.settings import get_settings; asyncio.run(Sweep(get_settings()).run())")
+_SWEEP = ("-m", "sluicegate.cli", "sweep")
 _QUIET = ("--loglevel", "WARNING")
 
 CASES: tuple[Case, ...] = (

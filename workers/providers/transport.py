@@ -2,9 +2,9 @@
 
 The SDKs send the request (address, authentication, version headers, error classes) through their
 `post` method, with the body as bytes and the raw response back. Measured on one core with the
-aiohttp client and uvloop, a call takes 0.5 ms of CPU this way and 1.0 to 1.15 ms through OpenAI's
-`chat.completions.create`; a stream of 120 tokens takes 11.6 ms through OpenAI's event models and
-2.8 ms through Anthropic's.
+aiohttp client and uvloop, the SDK's part of a call takes 0.5 ms of CPU this way and 1.0 to 1.15 ms
+through OpenAI's `chat.completions.create`; a stream of 120 tokens that comes at once takes 1.0 to
+1.4 ms here, 11.6 ms through OpenAI's event models and 2.8 ms through Anthropic's.
 """
 
 from __future__ import annotations
