@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, create_engine, text
+import psycopg
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -18,7 +19,14 @@ from sluicegate.shared.settings import Settings
 SCHEMA_REVISION = "0002"
 
 #: What a lost server, or a pool that waits for one, raises.
-CONNECTION_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
+CONNECTION_ERRORS = (
+    OperationalError,
+    InterfaceError,
+    PoolTimeoutError,
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    OSError,
+)
 
 
 #: Plans of statements that go by key must not depend on how full the tables were when they were
@@ -28,14 +36,28 @@ BY_KEY = ("enable_seqscan=off", "enable_hashjoin=off", "enable_mergejoin=off")
 BY_SIZE = ("plan_cache_mode=force_custom_plan",)
 
 
-def _options(
-    settings: Settings, application_name: str, pool_size: int | None, planner: Sequence[str]
-) -> dict[str, Any]:
+def connect_options(
+    settings: Settings, application_name: str, planner: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    """Return what psycopg connects with: the connection string, and options as keywords."""
+    url = make_url(settings.database_dsn).set(drivername="postgresql")
     server = [
         f"statement_timeout={round(settings.command_timeout_s * 1000)}",
         "timezone=UTC",
         *planner,
     ]
+    return url.render_as_string(hide_password=False), {
+        "connect_timeout": max(1, round(settings.connect_timeout_s)),
+        "application_name": application_name,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": round(settings.command_timeout_s * 1000),
+        "options": " ".join(f"-c {option}" for option in server),
+    }
+
+
+def _options(settings: Settings, application_name: str, pool_size: int | None) -> dict[str, Any]:
     return {
         "pool_size": pool_size or settings.database_pool_size,
         "max_overflow": 0,
@@ -45,15 +67,7 @@ def _options(
         "isolation_level": "AUTOCOMMIT",
         "json_serializer": lambda value: orjson.dumps(value).decode(),
         "json_deserializer": orjson.loads,
-        "connect_args": {
-            "connect_timeout": max(1, round(settings.connect_timeout_s)),
-            "application_name": application_name,
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": round(settings.command_timeout_s * 1000),
-            "options": " ".join(f"-c {option}" for option in server),
-        },
+        "connect_args": connect_options(settings, application_name, BY_SIZE)[1],
     }
 
 
@@ -61,9 +75,7 @@ def make_engine(
     settings: Settings, *, application_name: str = "sluice", pool_size: int | None = None
 ) -> Engine:
     """Build the synchronous engine, in autocommit; it connects at first use."""
-    return create_engine(
-        settings.database_dsn, **_options(settings, application_name, pool_size, BY_SIZE)
-    )
+    return create_engine(settings.database_dsn, **_options(settings, application_name, pool_size))
 
 
 def make_async_engine(
@@ -71,11 +83,10 @@ def make_async_engine(
     *,
     application_name: str = "sluice",
     pool_size: int | None = None,
-    planner: Sequence[str] = BY_SIZE,
 ) -> AsyncEngine:
     """Build the asyncio engine, in autocommit; it connects at first use."""
     return create_async_engine(
-        settings.database_dsn, **_options(settings, application_name, pool_size, planner)
+        settings.database_dsn, **_options(settings, application_name, pool_size)
     )
 
 

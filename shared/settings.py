@@ -109,8 +109,8 @@ class Settings(BaseSettings):
     beat_valid_s: Seconds = 10
     #: A beat that stands still this long, under unbroken watch, means a dead worker.
     dead_after_s: Seconds = 15
-    #: Statements collect jobs this long; a call takes hundreds of times longer.
-    linger_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.004
+    #: Statements of a kind start at least this far apart, so that under load each serves many jobs.
+    spacing_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     #: The most jobs one statement carries.
     coalesce_max: Count = 100
     #: How long an unacked message stays with a worker before the broker offers it again.

@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
@@ -55,8 +56,9 @@ _SANDBOX_PACE = (
     *("--latency-ms", "500", "--latency-jitter-ms", "700"),
     *("--first-token-ms", "250", "--tokens-per-s", "80"),
 )
-#: Whoever interrupts the demo does not wait for its answers.
-_OVERRIDES = {"SLUICE_GRACE_S": "3"}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_KILL_ROUNDS = 3
+_KILL_S = 5.0
 
 
 @app.command(epilog="Example: sluice demo --json")
@@ -72,12 +74,7 @@ def demo(
 ) -> None:
     """Run 60 CRM jobs over all six use cases on embedded servers, and show what they cost."""
     screen = _Screen(Console(stderr=as_json, highlight=False))
-    try:
-        with _stoppable():
-            tally, is_right = _run(screen, real=real, keep=keep)
-    except _Stopped as stopped:
-        typer.echo(f"sluice: the demo was stopped by {stopped.signal.name}", err=True)
-        raise typer.Exit(128 + stopped.signal) from None
+    tally, is_right = _run(screen, real=real, keep=keep)
     if as_json:
         typer.echo(json.dumps(tally.as_dict()))
     raise typer.Exit(int(tally.failed > 0 or not is_right))
@@ -91,20 +88,19 @@ def load_jobs() -> list[Job]:
 
 def _run(screen: _Screen, *, real: bool, keep: bool) -> tuple[Tally, bool]:
     """Return what became of the jobs, and whether the books and the process table are in order."""
-    from sluicegate.workers.local.fleet import Fleet
-
     given = load_settings()
     if real:
         _check_keys(given)
     began = time.monotonic()
     with _folder(screen, keep=keep) as folder, chdir(folder):
+        from sluicegate.workers.local.fleet import Fleet
+
         _leave_own_servers_alone(given, screen)
         fleet = Fleet(
             data_dir=folder,
             sandbox=not real,
             fsync=False,  # thrown away at the end
             sandbox_options=_SANDBOX_PACE,
-            overrides=_OVERRIDES,
         )
         providers = "OpenAI and Anthropic, with your keys" if real else "the sandbox provider"
         with screen.waiting(f"Starting PostgreSQL, Valkey, workers and sweep, for {providers}"):
@@ -162,38 +158,52 @@ def _leave_own_servers_alone(settings: Settings, screen: _Screen) -> None:
 
 @contextmanager
 def _folder(screen: _Screen, *, keep: bool) -> Iterator[Path]:
+    """Yield a folder for everything the demo writes, gone at the end, whichever that is."""
     folder = Path(tempfile.mkdtemp(prefix="sluice-demo-")).resolve()
-    try:
-        yield folder
-    finally:
-        if keep:
-            screen.say(f"Data and logs are in {folder}")
-        else:
-            shutil.rmtree(folder)
-
-
-class _Stopped(BaseException):
-    """A signal asks the demo to end; no `except Exception` on the way may keep it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = signal.Signals(number)
+    with _ended_by_signals(screen, None if keep else folder):
+        try:
+            yield folder
+        finally:
+            if keep:
+                screen.say(f"Data and logs are in {folder}")
+            else:
+                shutil.rmtree(folder)
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let a signal end what runs, through all its `finally`; a second one hurries them."""
+def _ended_by_signals(screen: _Screen, folder: Path | None) -> Iterator[None]:
+    """End the demo when a signal comes; `folder` is removed then.
+
+    From within the handler: an exception raised there is swallowed by some of the code that it may
+    interrupt, such as the hooks around a fork, which then leave a lock held for ever. Nothing is
+    worth a drain either, because the data goes anyway.
+    """
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise _Stopped(number)
+        for other in _SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        _kill_children()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        screen.leave(f"sluice: the demo was stopped by {signal.Signals(number).name}\n")
+        os._exit(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _kill_children() -> None:
+    """Kill all that this process has started, and what was started meanwhile."""
+    for _ in range(_KILL_ROUNDS):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=_KILL_S)
 
 
 def _run_jobs(fleet: Fleet, jobs: Sequence[Job], screen: _Screen) -> Tally:
@@ -296,6 +306,13 @@ class _Screen:
 
     def say(self, sentence: str) -> None:
         self._console.print(Text(sentence), soft_wrap=True)
+
+    def leave(self, sentence: str) -> None:
+        """Say the last sentence, on stderr, from within a signal handler: past every buffer."""
+        with suppress(OSError, ValueError):
+            if self._console.is_interactive:
+                os.write(self._console.file.fileno(), b"\x1b[?25h\n")  # show the cursor again
+            os.write(sys.stderr.fileno(), sentence.encode())
 
     def write(self, text: str) -> None:
         """Go on with the line that was begun, at once."""

@@ -216,6 +216,7 @@ class Rig:
             timeout=10,
             limit=1,
         )
+        assert replies, f"{worker.name} did not answer {command}"
         assert "ok" in replies[0][f"{worker.name}@test"], replies
 
     def worker_ids(self, worker: Service) -> list[UUID]:
@@ -397,7 +398,7 @@ def open_rig(
     """
     prefix = f"test-{uuid4().hex}:"
     given = Settings(
-        _env_file=None,  # type: ignore[call-arg]  # an argument of pydantic-settings
+        _env_file=None,
         database_url=database_url,
         redis_url=redis_url,
         redis_prefix=prefix,

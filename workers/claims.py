@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import JobSpec, Lane
 from sluicegate.workers.coalescing import Coalescer
-from sluicegate.workers.statements import execute, through_disconnects
+from sluicegate.workers.statements import Database, through_disconnects
 
 #: A message may arrive a little before its job's time: clocks of broker and database differ.
 _EARLY_S = 2
@@ -102,14 +100,14 @@ class Claims:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        db: Database,
         worker_id: UUID,
         queues: Sequence[str],
         max_items: int,
-        linger_s: float,
+        spacing_s: float,
         give_up_after_s: float,
     ) -> None:
-        self._engine = engine
+        self._db = db
         self._queues = list(queues)
         self._give_up_after_s = give_up_after_s
         self._claiming: set[UUID] = set()
@@ -119,7 +117,7 @@ class Claims:
             # A claim asks for all jobs of a message: bound the statement by jobs, not messages.
             statement=self._claim_many,
             max_items=max_items,
-            linger_s=linger_s,
+            spacing_s=spacing_s,
         )
 
     def serve(self, queues: Sequence[str]) -> None:
@@ -146,8 +144,7 @@ class Claims:
 
     async def release_lost(self) -> list[JobMessage]:
         """Put back the jobs that bear this worker's name unbeknown to it; publish what returns."""
-        rows = await execute(
-            self._engine,
+        rows = await self._db.execute(
             _RELEASE,
             worker_id=self.worker_id,
             held=list(self.held),
@@ -169,9 +166,7 @@ class Claims:
                 items.setdefault(job_id, claim_id)
         encoded = [{"job_id": job_id, "claim_id": claim} for job_id, claim in items.items()]
         rows = await through_disconnects(
-            lambda: execute(
-                self._engine, _CLAIM, encoded, worker_id=worker_id, queues=self._queues
-            ),
+            lambda: self._db.execute(_CLAIM, encoded, worker_id=worker_id, queues=self._queues),
             give_up_after_s=self._give_up_after_s,
         )
         now = asyncio.get_running_loop().time()

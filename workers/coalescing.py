@@ -26,51 +26,59 @@ Statement = Callable[[Sequence[T]], Awaitable[Sequence[R]]]
 
 
 class Coalescer(Generic[T, R]):
-    """Collects items for a moment and hands them to `statement` together.
+    """Collects items and hands them to `statement` together.
 
-    `linger_s` is how long the first item of a batch waits for company; `max_items` bounds a
-    statement and `parallel` how many run at the same time.
+    Statements start at least `spacing_s` apart: the first after a pause starts at once, and under
+    load each carries what came meanwhile. `max_items` bounds a statement, `parallel` how many run
+    at the same time.
     """
 
     def __init__(
-        self, *, statement: Statement[T, R], max_items: int, linger_s: float, parallel: int = 2
+        self, *, statement: Statement[T, R], max_items: int, spacing_s: float, parallel: int = 2
     ) -> None:
         self._statement = statement
         self._max_items = max_items
-        self._linger_s = linger_s
+        self._spacing_s = spacing_s
         self._free = parallel
+        self._next_start = 0.0
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._running: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: T) -> R:
         """Return the item's own outcome, or raise its own error."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if len(self._waiting) >= self._max_items:
-            self._start()
-        elif self._timer is None and self._free:
-            self._timer = loop.call_later(self._linger_s, self._start)
+        self._schedule()
         return await future
 
+    def _schedule(self) -> None:
+        if self._timer is not None or not self._free or not self._waiting:
+            return
+        loop = asyncio.get_running_loop()
+        delay_s = self._next_start - loop.time()
+        if delay_s <= 0 or len(self._waiting) >= self._max_items:
+            # Not yet: what is asked for in the same turn of the loop travels with it.
+            self._timer = loop.call_soon(self._start)
+        else:
+            self._timer = loop.call_later(delay_s, self._start)
+
     def _start(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._waiting and self._free:
-            batch = self._waiting[: self._max_items]
-            del self._waiting[: self._max_items]
-            self._free -= 1
-            task = asyncio.get_running_loop().create_task(self._run(batch))
-            self._running.add(task)
-            task.add_done_callback(self._done)
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        self._next_start = loop.time() + self._spacing_s
+        batch = self._waiting[: self._max_items]
+        del self._waiting[: self._max_items]
+        self._free -= 1
+        task = loop.create_task(self._run(batch))
+        self._running.add(task)
+        task.add_done_callback(self._done)
+        self._schedule()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._free += 1
-        if self._waiting:
-            self._start()
+        self._schedule()
 
     async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         # A caller that was cancelled while it waited wants nothing done any more.

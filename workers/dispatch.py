@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.workers.coalescing import Coalescer
-from sluicegate.workers.statements import execute, through_disconnects
+from sluicegate.workers.statements import Database, through_disconnects
 
 # Locks go workers, jobs, attempts, each by key. A job that was lost on the way (another fence, or
 # no worker row any more) gets no attempt, so no call is made for it. The last branch answers a
@@ -65,12 +63,12 @@ class Dispatcher:
     """Opens attempts. One that is not opened was refused, and its call must not be made."""
 
     def __init__(
-        self, *, engine: AsyncEngine, max_items: int, linger_s: float, give_up_after_s: float
+        self, *, db: Database, max_items: int, spacing_s: float, give_up_after_s: float
     ) -> None:
-        self._engine = engine
+        self._db = db
         self._give_up_after_s = give_up_after_s
         self._open = Coalescer[Attempt, bool](
-            statement=self._open_many, max_items=max_items, linger_s=linger_s
+            statement=self._open_many, max_items=max_items, spacing_s=spacing_s
         )
 
     async def open(self, attempt: Attempt) -> bool:
@@ -85,7 +83,7 @@ class Dispatcher:
         items = [asdict(attempt) for attempt in attempts]
         worker_ids = list({attempt.worker_id for attempt in attempts})
         rows = await through_disconnects(
-            lambda: execute(self._engine, _DISPATCH, items, worker_ids=worker_ids),
+            lambda: self._db.execute(_DISPATCH, items, worker_ids=worker_ids),
             give_up_after_s=self._give_up_after_s,
         )
         opened = {row.id for row in rows}

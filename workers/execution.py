@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
+import psycopg
 import redis.asyncio
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, Provider
@@ -37,7 +37,7 @@ from sluicegate.workers.providers.base import (
     ProviderError,
 )
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.retry import GiveUp, Park, Retry, RetryPolicy
+from sluicegate.workers.retry import Expire, GiveUp, Park, Retry, RetryPolicy
 from sluicegate.workers.settlement import Settlement, Settler
 from sluicegate.workers.slots import Slots
 
@@ -93,31 +93,41 @@ class Execution:
         #: Set when the worker stops: a cancellation then means that the time is up.
         self.stopping = False
 
-    async def run(self, job_ids: Sequence[UUID], claimed: Callable[[], None]) -> list[Again]:
+    async def run(
+        self,
+        job_ids: Sequence[UUID],
+        *,
+        begun: Callable[[], None],
+        claimed: Callable[[], None],
+    ) -> list[Again]:
         """Run what can be claimed of these jobs to an outcome that Postgres has.
 
-        `claimed` is called once the message's jobs are this worker's. Returns the jobs that are
-        queued again. Raises `Draining`, or a connection error if Postgres stays away before a
-        claim: the message is then to be delivered again.
+        `begun` is called once there is room for them, so that the next message may be fetched and
+        its claim travel with this one's; `claimed` once they are this worker's. Returns the jobs
+        that are queued again. Raises `Draining`, or a connection error if Postgres stays away
+        before a claim: the message is then to be delivered again.
         """
         again: list[Again] = []
         size = self._parts.slots.limit
         for start in range(0, len(job_ids), size):
-            again += await self._run_slice(job_ids[start : start + size], claimed)
+            again += await self._run_slice(job_ids[start : start + size], begun, claimed)
         return again
 
-    async def _run_slice(self, job_ids: Sequence[UUID], claimed: Callable[[], None]) -> list[Again]:
+    async def _run_slice(
+        self, job_ids: Sequence[UUID], begun: Callable[[], None], claimed: Callable[[], None]
+    ) -> list[Again]:
         slots = self._parts.slots
         await slots.acquire(len(job_ids))
         free = len(job_ids)
         try:
+            begun()
             jobs = await self._parts.claims.claim(job_ids)
             free -= len(jobs)
         finally:
             slots.release(free)
+        claimed()
         if not jobs:
             return []
-        claimed()
         failpoint("claimed")
         if len(jobs) == 1:
             ended = [await self._run_job(jobs[0])]
@@ -270,15 +280,12 @@ class Execution:
         ended = outcomes.ended_attempt(
             attempt, plan.provider, error, self._parts.settings.baseline_model
         )
-        left_s = job.deadline_s - asyncio.get_running_loop().time()
-        if left_s <= 0:
-            return await self._expire(job, attempt, ended)
         decision = self._parts.retry.decide(
             error.error_class,
             attempts_used=attempt.number,
             max_attempts=job.max_attempts,
             retry_after_s=error.retry_after_s,
-            left_s=left_s,
+            left_s=job.deadline_s - asyncio.get_running_loop().time(),
         )
         match decision:
             case Retry(after_s):
@@ -289,26 +296,26 @@ class Execution:
                 settlement = outcomes.failed(
                     job, State.FAILED, error, attempt=attempt, ended=ended, why=why
                 )
+            case Expire(why):
+                settlement = outcomes.failed(
+                    job, State.EXPIRED, error, attempt=attempt, ended=ended, why=why
+                )
         return await self._end(job, settlement)
 
-    async def _expire(
-        self, job: Job, attempt: Attempt | None = None, ended: Settlement | None = None
-    ) -> Again | None:
+    async def _expire(self, job: Job) -> Again | None:
         error = outcomes.refusal("its deadline passed before it was answered", ErrorClass.TIMEOUT)
-        return await self._end(
-            job, outcomes.failed(job, State.EXPIRED, error, attempt=attempt, ended=ended)
-        )
+        return await self._end(job, outcomes.failed(job, State.EXPIRED, error))
 
     async def _end(self, job: Job, settlement: Settlement) -> Again | None:
         """Settle, then tell whoever waits. Postgres has it before anybody is told."""
         parts = self._parts
         try:
             settled = await parts.settler.settle(settlement)
-        except DBAPIError as refused:
+        except psycopg.Error as refused:
             if not is_bad_data(refused):
                 raise
             # Something in the answer is not storable: the money is booked, the answer is not.
-            log.error("Postgres refuses the result of job %s: %s", job.id, type(refused.orig))
+            log.error("Postgres refuses the result of job %s: %s", job.id, type(refused))
             error = outcomes.refusal("its answer could not be stored", ErrorClass.INTERNAL)
             unstorable = {"raw_usage": None, "error_message": None, "request_id": None}
             settlement = (

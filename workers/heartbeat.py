@@ -16,12 +16,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Lane
-from sluicegate.workers.statements import execute
+from sluicegate.workers.statements import DATABASE_ERRORS, Database
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +49,12 @@ class Load:
 
 
 class Heartbeat:
-    """The row of this worker. `engine` is its own: a busy pool must not delay a beat."""
+    """The row of this worker. `db` is its own: a busy pool must not delay a beat."""
 
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        db: Database,
         name: str,
         pool: str,
         lane: Lane,
@@ -67,7 +64,7 @@ class Heartbeat:
         load: Callable[[], Load],
         renamed: Callable[[UUID], None],
     ) -> None:
-        self._engine = engine
+        self._db = db
         self._name = name
         self._pool = pool
         self._lane = lane
@@ -94,7 +91,7 @@ class Heartbeat:
 
     async def leave(self) -> None:
         """Delete the row: whatever still bears this worker's name is then the sweep's."""
-        await execute(self._engine, _LEAVE, id=self.worker_id)
+        await self._db.execute(_LEAVE, id=self.worker_id)
 
     @property
     def valid(self) -> bool:
@@ -109,8 +106,7 @@ class Heartbeat:
 
     async def _enter(self) -> None:
         sent = time.monotonic()
-        await execute(
-            self._engine,
+        await self._db.execute(
             _ENTER,
             id=self.worker_id,
             name=self._name,
@@ -129,14 +125,13 @@ class Heartbeat:
             await asyncio.sleep(self._interval_s)
             try:
                 await self._beat()
-            except (SQLAlchemyError, OSError) as error:
+            except DATABASE_ERRORS as error:
                 log.warning("a beat was not confirmed (%s)", type(error).__name__)
 
     async def _beat(self) -> None:
         load = self._load()
         sent = time.monotonic()
-        rows = await execute(
-            self._engine,
+        rows = await self._db.execute(
             _BEAT,
             id=self.worker_id,
             running_jobs=load.running_jobs,

@@ -15,10 +15,10 @@ from uuid import UUID
 import orjson
 import redis.asyncio
 from redis.exceptions import RedisError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.workers.coalescing import run_apart
 from sluicegate.workers.settlement import Settled, Settlement, settle_all
+from sluicegate.workers.statements import Database
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Journal:
         ]
         await self._delete(ids)
 
-    async def drain(self, engine: AsyncEngine) -> list[tuple[Settlement, Settled]]:
+    async def drain(self, db: Database) -> list[tuple[Settlement, Settled]]:
         """Book everything that is kept; return what moved, for its events and messages.
 
         Raises a connection error if Postgres is away; nothing is removed then.
@@ -76,7 +76,7 @@ class Journal:
             if not entries:
                 return moved
             settlements = [_decode(fields[_FIELD.encode()]) for _, fields in entries]
-            outcomes = await self._settle(engine, settlements)
+            outcomes = await self._settle(db, settlements)
             booked = []
             for (id_, _), settlement, outcome in zip(entries, settlements, outcomes, strict=True):
                 if isinstance(outcome, BaseException):
@@ -89,13 +89,13 @@ class Journal:
             start = "(" + entries[-1][0].decode()
 
     async def _settle(
-        self, engine: AsyncEngine, settlements: Sequence[Settlement]
+        self, db: Database, settlements: Sequence[Settlement]
     ) -> list[Settled | BaseException]:
         outcomes: list[Settled | BaseException] = []
         # One by one would be slow, all at once may name a job twice: a repeat of the same
         # attempt settles nothing, so only the rare second entry of a job goes by itself.
         for settlement in settlements:
-            outcomes += await run_apart(lambda items: settle_all(engine, items), [settlement])
+            outcomes += await run_apart(lambda items: settle_all(db, items), [settlement])
         return outcomes
 
     async def _delete(self, ids: Sequence[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
 from collections.abc import Callable, Sequence
@@ -12,12 +13,11 @@ from uuid import UUID
 
 import redis.asyncio
 from celery import Celery
-from sqlalchemy.exc import SQLAlchemyError
 
 from sluicegate.shared.catalogue import AsyncCatalogueCache
 from sluicegate.shared.celery_app import JobMessage, send
-from sluicegate.shared.database import BY_KEY, check_schema, make_async_engine
-from sluicegate.shared.errors import SettingsError
+from sluicegate.shared.database import BY_KEY, CONNECTION_ERRORS, check_schema, make_async_engine
+from sluicegate.shared.errors import QueueUnavailable, SettingsError
 from sluicegate.shared.queues import parse_queue
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
@@ -32,6 +32,7 @@ from sluicegate.workers.replies import Replies
 from sluicegate.workers.retry import RetryPolicy
 from sluicegate.workers.settlement import Settler
 from sluicegate.workers.slots import Slots
+from sluicegate.workers.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.sweep.rescuer import resolve_lost
 
 log = logging.getLogger(__name__)
@@ -79,20 +80,26 @@ class Worker:
     async def start(self) -> None:
         """Connect, check the schema, enter the worker's row; raises a clear error."""
         settings = self._settings
+        # The catalogue is read with SQLAlchemy; what every job takes goes past it.
         self._engine = make_async_engine(
-            settings, application_name=f"sluice {self._name}", planner=BY_KEY
+            settings, application_name=f"sluice {self._name}", pool_size=1
         )
-        self._beat_engine = make_async_engine(
-            settings, application_name=f"sluice beat {self._name}", pool_size=1
+        self._db = Database(
+            settings,
+            application_name=f"sluice {self._name}",
+            size=settings.database_pool_size,
+            planner=BY_KEY,
         )
-        async with self._engine.connect() as connection:
-            await connection.run_sync(check_schema)
+        self._beat_db = Database(
+            settings, application_name=f"sluice beat {self._name}", size=1, planner=BY_KEY
+        )
+        await self._check_database()
         self._redis = make_async_redis(settings)
         # An SDK takes a second to import: now, before there is anything to hold up.
         importlib.import_module(f"sluicegate.workers.providers.{self._served.pool}")
         self._adapters = Adapters(max_connections=settings.jobs_in_flight + _SPARE_CONNECTIONS)
         self._heartbeat = Heartbeat(
-            engine=self._beat_engine,
+            db=self._beat_db,
             name=self._name,
             pool=self._served.pool,
             lane=self._served.lane,
@@ -104,11 +111,11 @@ class Worker:
         )
         self._slots = Slots(settings.jobs_in_flight)
         self._claims = Claims(
-            engine=self._engine,
+            db=self._db,
             worker_id=self._heartbeat.worker_id,
             queues=self._served.queues,
             max_items=settings.coalesce_max,
-            linger_s=settings.linger_s,
+            spacing_s=settings.spacing_s,
             give_up_after_s=settings.grace_s,
         )
         journal = Journal(client=self._redis, prefix=settings.redis_prefix)
@@ -118,7 +125,7 @@ class Worker:
             ttl_s=settings.reply_ttl_s,
             delta_interval_s=settings.delta_interval_s,
             max_items=settings.coalesce_max,
-            linger_s=settings.linger_s,
+            spacing_s=settings.spacing_s,
         )
         self.execution = Execution(
             Parts(
@@ -132,15 +139,15 @@ class Worker:
                 heartbeat=self._heartbeat,
                 claims=self._claims,
                 dispatcher=Dispatcher(
-                    engine=self._engine,
+                    db=self._db,
                     max_items=settings.coalesce_max,
-                    linger_s=settings.linger_s,
+                    spacing_s=settings.spacing_s,
                     give_up_after_s=settings.grace_s,
                 ),
                 settler=Settler(
-                    engine=self._engine,
+                    db=self._db,
                     max_items=settings.coalesce_max,
-                    linger_s=settings.linger_s,
+                    spacing_s=settings.spacing_s,
                     journal=journal.append,
                     forget=journal.forget,
                 ),
@@ -153,31 +160,45 @@ class Worker:
                 ),
             )
         )
+        # What is loaded by now stays: looking at it in every full collection of garbage would hold
+        # up the loop for 0.15 s each time.
+        gc.collect()
+        gc.freeze()
         await self._heartbeat.start()
         self._started = True
         self._chores = asyncio.get_running_loop().create_task(self._release_lost())
         log.info("worker %s serves %s", self._heartbeat.worker_id, ", ".join(self._served.queues))
+
+    async def _check_database(self) -> None:
+        try:
+            async with self._engine.connect() as connection:
+                await connection.run_sync(check_schema)
+        except CONNECTION_ERRORS as error:
+            # What follows the first line is advice of the libraries' own.
+            reason = str(getattr(error, "orig", error)).partition("\n")[0]
+            raise QueueUnavailable(
+                f"Postgres did not answer ({reason}); start it, or check SLUICE_DATABASE_URL"
+            ) from error
 
     async def run(
         self,
         job_ids: Sequence[UUID],
         *,
         published_at: datetime | None,
-        claimed: Callable[[], None],
+        begun: Callable[[], None],
     ) -> list[Again]:
         """Run the jobs of one message; see `Execution.run`."""
         token = object()
         if published_at is not None:
             self._unclaimed[token] = published_at
 
-        def note_claimed() -> None:
+        def claimed() -> None:
             self._unclaimed.pop(token, None)
-            claimed()
 
         try:
-            return await self.execution.run(job_ids, note_claimed)
+            return await self.execution.run(job_ids, begun=begun, claimed=claimed)
         finally:
-            self._unclaimed.pop(token, None)
+            claimed()
 
     async def drain(self, _deadline_s: float) -> None:
         """Stop beginning work: messages that wait for slots go back to the broker."""
@@ -197,8 +218,8 @@ class Worker:
             # Without its row this worker is dead to the fleet: jobs it had not dispatched are
             # queued again, calls that were cut off become unknown attempts.
             await self._heartbeat.leave()
-            await self._publish(await resolve_lost(self._engine, self._replies))
-        except (SQLAlchemyError, OSError) as error:
+            await self._publish(await resolve_lost(self._db, self._replies))
+        except DATABASE_ERRORS as error:
             log.warning(
                 "Postgres is away (%s): the sweep will resolve what is left here",
                 type(error).__name__,
@@ -208,7 +229,8 @@ class Worker:
         with suppress(redis.RedisError, OSError):
             await self._redis.aclose()
         await self._engine.dispose()
-        await self._beat_engine.dispose()
+        await self._db.close()
+        await self._beat_db.close()
 
     def _load(self) -> Load:
         return Load(
@@ -234,5 +256,5 @@ class Worker:
             await asyncio.sleep(_RELEASE_INTERVAL_S)
             try:
                 await self._publish(await self._claims.release_lost())
-            except (SQLAlchemyError, OSError) as error:
+            except DATABASE_ERRORS as error:
                 log.warning("lost jobs were not released (%s)", type(error).__name__)

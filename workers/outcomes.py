@@ -83,7 +83,7 @@ def failed(
     why: str = "",
 ) -> Settlement:
     """End the job without an answer, readable: what went wrong, and why it was not tried again."""
-    message = f"{error}; {why}" if why else str(error)
+    message = f"{str(error).rstrip('.')}; {why}" if why else str(error)
     body = _body(job, state, ended or {}) | {
         "attempts": job.attempts_used + (attempt is not None),
         "error": {

@@ -78,7 +78,7 @@ class Replies:
         ttl_s: float,
         delta_interval_s: float,
         max_items: int,
-        linger_s: float,
+        spacing_s: float,
     ) -> None:
         self._client = client
         self._prefix = prefix
@@ -87,7 +87,7 @@ class Replies:
         self._dirty: dict[str, Channel] = {}
         self._sender: asyncio.Task[None] | None = None
         self._append = Coalescer[tuple[str, str, bytes], None](
-            statement=self._append_many, max_items=max_items, linger_s=linger_s
+            statement=self._append_many, max_items=max_items, spacing_s=spacing_s
         )
 
     def channel(self, job_id: UUID, fence: int) -> Channel:

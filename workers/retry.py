@@ -30,7 +30,14 @@ class GiveUp:
     why: str
 
 
-Decision = Retry | Park | GiveUp
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """End the job as expired: its time ran out while it was called."""
+
+    why: str
+
+
+Decision = Retry | Park | GiveUp | Expire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,5 +73,8 @@ class RetryPolicy:
         )
         after_s = max(min(after_s * self.base_s, self.max_s), retry_after_s or 0.0)
         if after_s >= left_s:
+            if error_class is ErrorClass.TIMEOUT:
+                # It was the job's own deadline that ended the call, or nearly so.
+                return Expire("its deadline has passed")
             return GiveUp(f"the next attempt would be {after_s:.0f} s from now, past its deadline")
         return Park(after_s) if after_s > self.park_above_s else Retry(after_s)

@@ -10,11 +10,8 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.workers.coalescing import Coalescer
-from sluicegate.workers.statements import execute, through_disconnects
+from sluicegate.workers.statements import Database, through_disconnects
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +128,14 @@ class Settled:
 Settlement = dict[str, Any]
 
 
-async def settle_all(engine: AsyncEngine, settlements: Sequence[Settlement]) -> list[Settled]:
+async def settle_all(db: Database, settlements: Sequence[Settlement]) -> list[Settled]:
     """Settle in one statement; safe to repeat. Each job may occur once."""
     items = [settlement | {"n": n} for n, settlement in enumerate(settlements)]
-    by_n = {row.n: row for row in await execute(engine, _SETTLE, items)}
+    by_n = {row.n: row for row in await db.execute(_SETTLE, items)}
     return [_read(settlement, by_n[n]) for n, settlement in enumerate(settlements)]
 
 
-def _read(settlement: Settlement, row: Row[Any]) -> Settled:
+def _read(settlement: Settlement, row: Any) -> Settled:
     # A repeat whose first try committed finds the job as that try left it.
     repeated = (
         row.state_before == settlement["job_state"] and row.fence_before == settlement["fence"]
@@ -161,20 +158,20 @@ class Settler:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        db: Database,
         max_items: int,
-        linger_s: float,
+        spacing_s: float,
         journal: Callable[[Sequence[Settlement]], Awaitable[None]],
         forget: Callable[[Sequence[Settlement]], Awaitable[None]],
     ) -> None:
-        self._engine = engine
+        self._db = db
         self._journal = journal
         self._forget = forget
         self._is_away = False
         #: What is handed in, not booked and not in the journal, by identity.
         self._unkept: dict[int, Settlement] = {}
         self._settle = Coalescer[Settlement, Settled](
-            statement=self._settle_many, max_items=max_items, linger_s=linger_s
+            statement=self._settle_many, max_items=max_items, spacing_s=spacing_s
         )
 
     async def settle(self, settlement: Settlement) -> Settled:
@@ -192,7 +189,7 @@ class Settler:
         outcomes: list[Settled] = []
         for batch in _one_per_job(settlements):
             outcomes += await through_disconnects(
-                partial(settle_all, self._engine, batch),
+                partial(settle_all, self._db, batch),
                 give_up_after_s=None,
                 on_disconnect=self._keep,
             )

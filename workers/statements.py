@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
-from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncEngine
+import psycopg
+from psycopg.rows import namedtuple_row
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -19,38 +19,80 @@ from tenacity import (
 )
 from tenacity.stop import stop_base
 
-from sluicegate.shared.database import is_disconnect
+from sluicegate.shared.database import connect_options, is_disconnect
+from sluicegate.shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+#: What running a statement may raise.
+DATABASE_ERRORS = (psycopg.Error, OSError)
 
-async def execute(
-    engine: AsyncEngine, sql: str, items: Sequence[Mapping[str, Any]] | None = None, **values: Any
-) -> Sequence[Row[Any]]:
-    """Run one statement in a transaction of its own and return its rows.
 
-    `items` becomes the parameter `%(items)s`, one JSON array: encoding it costs a tenth of what
-    binding an array for each column does.
+class Database:
+    """Connections of psycopg's own for the statements that every job takes.
+
+    Through SQLAlchemy's asyncio layer the same statement costs 0.46 ms of CPU instead of 0.12, on
+    the path that is measured in jobs a second. `size` bounds the connections; whoever finds none
+    free waits. A connection that met anything but an answer of the server's is closed.
     """
-    if items is not None:
-        values["items"] = orjson.dumps(items).decode()
-    async with engine.connect() as connection:
-        result = await connection.exec_driver_sql(sql, values)
-        return result.all() if result.returns_rows else []
+
+    def __init__(
+        self, settings: Settings, *, application_name: str, size: int, planner: Sequence[str]
+    ) -> None:
+        self._dsn, self._options = connect_options(settings, application_name, planner)
+        self._timeout_s = settings.command_timeout_s + settings.connect_timeout_s
+        self._free = asyncio.Semaphore(size)
+        self._idle: list[psycopg.AsyncConnection[Any]] = []
+
+    async def execute(
+        self, sql: str, items: Sequence[Mapping[str, Any]] | None = None, **values: Any
+    ) -> list[Any]:
+        """Run one statement in a transaction of its own and return its rows, named tuples.
+
+        `items` becomes the parameter `%(items)s`, one JSON array: encoding it costs a tenth of
+        what binding an array for each column does. Raises what psycopg raises, or `TimeoutError`.
+        """
+        if items is not None:
+            values["items"] = orjson.dumps(items).decode()
+        async with self._free, asyncio.timeout(self._timeout_s):
+            connection = self._idle.pop() if self._idle else await self._connect()
+            healthy = False
+            try:
+                cursor = await connection.execute(sql, values)
+                rows = await cursor.fetchall() if cursor.description else []
+                healthy = True
+            except psycopg.Error as error:
+                healthy = error.sqlstate is not None and not connection.closed
+                raise
+            finally:
+                if healthy:
+                    self._idle.append(connection)
+                else:
+                    await connection.close()
+        return rows
+
+    async def close(self) -> None:
+        """Close the connections that are not in use."""
+        while self._idle:
+            await self._idle.pop().close()
+
+    async def _connect(self) -> psycopg.AsyncConnection[Any]:
+        return await psycopg.AsyncConnection.connect(
+            self._dsn, autocommit=True, row_factory=namedtuple_row, **self._options
+        )
 
 
 async def through_disconnects(
     run: Callable[[], Awaitable[R]],
     *,
     give_up_after_s: float | None,
-    stop: asyncio.Event | None = None,
     on_disconnect: Callable[[], Awaitable[None]] | None = None,
 ) -> R:
     """Repeat `run`, which must be idempotent, while Postgres is away.
 
-    `give_up_after_s` None waits until `stop` is set. `on_disconnect` is awaited after each
+    `give_up_after_s` None waits as long as it takes. `on_disconnect` is awaited after each
     failure. Raises the last connection error when it gives up.
     """
 
@@ -60,10 +102,11 @@ async def through_disconnects(
         if on_disconnect is not None:
             await on_disconnect()
 
+    stop: stop_base = _NEVER if give_up_after_s is None else stop_after_delay(give_up_after_s)
     async for attempt in AsyncRetrying(
         retry=retry_if_exception(is_disconnect),
         wait=wait_random_exponential(multiplier=0.1, max=2),
-        stop=_Until(give_up_after_s, stop),
+        stop=stop,
         after=note,
         reraise=True,
     ):
@@ -72,14 +115,9 @@ async def through_disconnects(
     raise AssertionError("unreachable: tenacity returns or raises")
 
 
-class _Until(stop_base):
-    """Gives up after a delay, or once an event is set."""
-
-    def __init__(self, delay_s: float | None, event: asyncio.Event | None) -> None:
-        self._delay = None if delay_s is None else stop_after_delay(delay_s)
-        self._event = event
-
+class _Never(stop_base):
     def __call__(self, retry_state: RetryCallState) -> bool:
-        if self._event is not None and self._event.is_set():
-            return True
-        return self._delay is not None and self._delay(retry_state)
+        return False
+
+
+_NEVER = _Never()

@@ -10,7 +10,6 @@ from uuid import UUID
 from celery import Celery
 from celery.exceptions import Reject
 from kombu.exceptions import OperationalError
-from sqlalchemy.exc import SQLAlchemyError
 
 from sluicegate.shared.celery_app import PUBLISHED_AT, RUN_JOBS, JobMessage, send
 from sluicegate.workers.execution import Again
@@ -18,6 +17,7 @@ from sluicegate.workers.lifecycle import Worker
 from sluicegate.workers.pool import await_, claimed
 from sluicegate.workers.publishing import AsyncTask, Publisher
 from sluicegate.workers.slots import Draining
+from sluicegate.workers.statements import DATABASE_ERRORS
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ class RunJobs(AsyncTask):
 
     async def _run(self, ids: list[UUID], published_at: datetime | None) -> list[Again]:
         try:
-            return await self.worker.run(ids, published_at=published_at, claimed=claimed)
+            return await self.worker.run(ids, published_at=published_at, begun=claimed)
         except Draining:
             raise Reject("the worker stops", requeue=True) from None
-        except (SQLAlchemyError, OSError) as error:
+        except DATABASE_ERRORS as error:
             log.warning("Postgres stays away (%s): the message goes back", type(error).__name__)
             raise Reject("Postgres does not answer", requeue=True) from None
 

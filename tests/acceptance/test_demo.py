@@ -156,14 +156,16 @@ def test_the_launchers_death_ends_all_it_started(start_demo: Callable[..., Demo]
         eventually(demo.is_gone, _STOP_S)
 
 
-def test_a_signal_while_it_starts(start_demo: Callable[..., Demo]) -> None:
+@pytest.mark.parametrize("sign", ["postgres", "valkey", "sandbox.port", "logs/sweep.log"])
+def test_a_signal_while_it_starts(start_demo: Callable[..., Demo], sign: str) -> None:
     demo = start_demo()
-    eventually(lambda: list(demo.folder.glob("sluice-demo-*/postgres")), _START_S)
+    eventually(lambda: list(demo.folder.glob(f"sluice-demo-*/{sign}")), _START_S)
     demo.process.send_signal(signal.SIGTERM)
     demo.process.communicate(timeout=_STOP_S)
     assert demo.process.returncode == 128 + signal.SIGTERM, demo.said
     assert demo.said.strip() == "sluice: the demo was stopped by SIGTERM"
     assert demo.is_gone()
+    assert not list(demo.folder.glob("sluice-demo-*"))
 
 
 def test_real_providers_need_their_keys(start_demo: Callable[..., Demo]) -> None:

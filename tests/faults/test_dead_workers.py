@@ -197,9 +197,7 @@ def test_a_stopped_worker_finishes_what_fits(rig: Rig, survivor: Service) -> Non
     rig.check_once(ids)
 
 
-def test_a_stopped_worker_does_not_wait_for_what_does_not_fit(
-    rig: Rig, survivor: Service
-) -> None:
+def test_a_stopped_worker_does_not_wait_for_what_does_not_fit(rig: Rig, survivor: Service) -> None:
     victim = rig.start_worker("openai", ["general"], grace_s=1.5)
     rig.sandbox.settings(latency_ms=60_000)
     with _resting(rig, survivor):

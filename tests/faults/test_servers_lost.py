@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.timeout(400 if FULL else 150)
 def servers(server_folder: Path) -> Iterator[LocalServers]:
     """Return servers that may be stopped: the other tests' go on."""
     with LocalServers(server_folder / "lost", fsync=False) as servers:
-        given = Settings(_env_file=None, database_url=servers.database_url)  # type: ignore[call-arg]  # an argument of pydantic-settings
+        given = Settings(_env_file=None, database_url=servers.database_url)
         migrations.upgrade(given)
         yield servers
 

@@ -8,14 +8,12 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.queues import parse_queue
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import execute
+from sluicegate.workers.statements import Database
 
 #: The result of a job `j` that ends in `state` without an answer, as a JSON object.
 ENDED_BODY = """json_build_object(
@@ -24,7 +22,7 @@ ENDED_BODY = """json_build_object(
     'error', json_build_object('error_class', {error_class}, 'message', {message}))"""
 
 
-async def tell(replies: Replies, rows: Sequence[Row[Any]]) -> None:
+async def tell(replies: Replies, rows: Sequence[Any]) -> None:
     """Append the terminal events of rows with id, fence, body, created_at and finished_at."""
     await asyncio.gather(
         *(
@@ -50,13 +48,13 @@ WHERE r.job_id = ANY(%(ids)s::uuid[])
 """
 
 
-async def tell_settled(engine: AsyncEngine, replies: Replies, job_ids: Sequence[UUID]) -> None:
+async def tell_settled(db: Database, replies: Replies, job_ids: Sequence[UUID]) -> None:
     """Append the terminal events of those of these jobs that have ended."""
     if job_ids:
-        await tell(replies, await execute(engine, _ENDED, ids=list(job_ids)))
+        await tell(replies, await db.execute(_ENDED, ids=list(job_ids)))
 
 
-def to_messages(queue: str, rows: Sequence[Row[Any]], chunk_size: int) -> list[JobMessage]:
+def to_messages(queue: str, rows: Sequence[Any], chunk_size: int) -> list[JobMessage]:
     """Make the messages of a queue's rows (id, run_at, fence, published_at), oldest first.
 
     The rows are of one statement, so they were published at the same moment. A single job's
@@ -75,7 +73,7 @@ def to_messages(queue: str, rows: Sequence[Row[Any]], chunk_size: int) -> list[J
     ]
 
 
-def single_messages(rows: Sequence[Row[Any]]) -> list[JobMessage]:
+def single_messages(rows: Sequence[Any]) -> list[JobMessage]:
     """Make one message for each row with id, queue, fence and published_at."""
     return [
         JobMessage(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import execute
+from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.endings import ENDED_BODY, tell
 
 _BATCH = 500
@@ -38,14 +36,14 @@ RETURNING job_id AS id, fence, body,
 class Expirer:
     """One round ends all that are due; safe to run twice at once."""
 
-    def __init__(self, *, engine: AsyncEngine, replies: Replies) -> None:
-        self._engine = engine
+    def __init__(self, *, db: Database, replies: Replies) -> None:
+        self._db = db
         self._replies = replies
 
     async def round(self) -> None:
         """End the jobs whose deadline has passed, and tell their readers."""
         while True:
-            rows = await execute(self._engine, _EXPIRE)
+            rows = await self._db.execute(_EXPIRE)
             await tell(self._replies, rows)
             if len(rows) < _BATCH:
                 return

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from sluicegate.shared.celery_app import JobMessage, make_celery, publish
-from sluicegate.shared.database import CONNECTION_ERRORS, check_schema, make_async_engine
+from sluicegate.shared.database import BY_SIZE, CONNECTION_ERRORS, check_schema, make_async_engine
 from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.queues import POOLS, queue_name
@@ -25,6 +25,7 @@ from sluicegate.shared.tables import use_cases
 from sluicegate.workers.journal import Journal
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settled, Settlement
+from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.endings import tell_settled
 from sluicegate.workers.sweep.expirer import Expirer
 from sluicegate.workers.sweep.republisher import Republisher
@@ -44,6 +45,7 @@ class Sweep:
         self._settings = settings
         self._app: Celery = make_celery(settings)
         self._engine = make_async_engine(settings, application_name="sluice sweep")
+        self._db = Database(settings, application_name="sluice sweep", size=4, planner=BY_SIZE)
         self._redis = make_async_redis(settings)
         self._woken = asyncio.Event()
         self._replies = Replies(
@@ -52,20 +54,20 @@ class Sweep:
             ttl_s=settings.reply_ttl_s,
             delta_interval_s=settings.delta_interval_s,
             max_items=settings.coalesce_max,
-            linger_s=settings.linger_s,
+            spacing_s=settings.spacing_s,
         )
         self._journal = Journal(client=self._redis, prefix=settings.redis_prefix)
         self._rescuer = Rescuer(
-            engine=self._engine, replies=self._replies, dead_after_s=settings.dead_after_s
+            db=self._db, replies=self._replies, dead_after_s=settings.dead_after_s
         )
-        self._expirer = Expirer(engine=self._engine, replies=self._replies)
+        self._expirer = Expirer(db=self._db, replies=self._replies)
         self._stager = Stager(
-            engine=self._engine,
+            db=self._db,
             ahead_jobs=settings.stage_ahead_jobs,
             chunk_size=settings.chunk_size,
         )
         self._republisher = Republisher(
-            engine=self._engine,
+            db=self._db,
             client=self._redis,
             prefix=settings.redis_prefix,
             lost_after_s=settings.lost_after_s,
@@ -82,7 +84,7 @@ class Sweep:
                 group.create_task(self._loop("rescue", self.rescue))
                 group.create_task(self._loop("stage", self.stage, wake=self._woken))
                 group.create_task(self._loop("republish", self.republish))
-                group.create_task(self._loop("expire", self._expirer.round))
+                group.create_task(self._loop("expire", self.expire))
         finally:
             await self.close()
 
@@ -91,6 +93,7 @@ class Sweep:
         await self._replies.close()
         await self._redis.aclose()
         await self._engine.dispose()
+        await self._db.close()
         self._app.close()
 
     async def rescue(self) -> None:
@@ -106,13 +109,17 @@ class Sweep:
         """Publish again what the broker has lost."""
         await self._publish(await self._republisher.round(await self._queues()))
 
+    async def expire(self) -> None:
+        """End what waited past its deadline."""
+        await self._expirer.round()
+
     async def _book_journal(self) -> None:
         try:
-            moved = await self._journal.drain(self._engine)
+            moved = await self._journal.drain(self._db)
         except (RedisError, ConnectionError) as error:
             log.warning("the journal cannot be read (%s)", type(error).__name__)
             return
-        await tell_settled(self._engine, self._replies, [entry["job_id"] for entry, _ in moved])
+        await tell_settled(self._db, self._replies, [entry["job_id"] for entry, _ in moved])
         await self._publish(
             [_message(entry, settled) for entry, settled in moved if _is_queued(entry, settled)]
         )
@@ -140,7 +147,7 @@ class Sweep:
             except (*CONNECTION_ERRORS, RedisError, QueueUnavailable) as error:
                 # The next round does it: everything a round does is decided by rows, anew.
                 log.warning("sweep: %s is put off (%s)", name, type(error).__name__)
-            except SQLAlchemyError:
+            except (SQLAlchemyError, psycopg.Error):
                 log.exception("sweep: %s met a defect; the other loops go on", name)
             if wake is None:
                 await asyncio.sleep(self._settings.sweep_interval_s)

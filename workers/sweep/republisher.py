@@ -14,10 +14,9 @@ from typing import Any
 
 import orjson
 import redis.asyncio
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.shared.celery_app import PUBLISHED_AT, JobMessage
-from sluicegate.workers.statements import execute
+from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.endings import to_messages
 
 log = logging.getLogger(__name__)
@@ -51,13 +50,13 @@ class Republisher:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        db: Database,
         client: redis.asyncio.Redis,
         prefix: str,
         lost_after_s: float,
         chunk_size: int,
     ) -> None:
-        self._engine = engine
+        self._db = db
         self._client = client
         self._prefix = prefix
         self._lost_after_s = lost_after_s
@@ -72,15 +71,15 @@ class Republisher:
             pipeline.lindex(self._prefix + queue, -1)
         tails = dict(zip(queues, await pipeline.execute(), strict=True))
         messages: list[JobMessage] = []
-        for row in await execute(self._engine, _UNCLAIMED, queues=queues):
+        for row in await self._db.execute(_UNCLAIMED, queues=queues):
             times = [row.now, row.oldest, _published_at(tails[row.name])]
             oldest = min(time for time in times if time is not None)
             messages += await self._republish(row.name, oldest)
         return messages
 
     async def _republish(self, queue: str, oldest: datetime) -> list[JobMessage]:
-        rows = await execute(
-            self._engine, _REPUBLISH, queue=queue, oldest=oldest, lost_after_s=self._lost_after_s
+        rows = await self._db.execute(
+            _REPUBLISH, queue=queue, oldest=oldest, lost_after_s=self._lost_after_s
         )
         if rows:
             log.warning("%d messages of %s were lost and are published again", len(rows), queue)

@@ -13,12 +13,9 @@ import logging
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import execute
+from sluicegate.workers.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.sweep.endings import ENDED_BODY, single_messages, tell
 
 log = logging.getLogger(__name__)
@@ -106,14 +103,14 @@ FROM moved LEFT JOIN kept ON kept.job_id = moved.id
 """
 
 
-async def resolve_lost(engine: AsyncEngine, replies: Replies) -> list[JobMessage]:
+async def resolve_lost(db: Database, replies: Replies) -> list[JobMessage]:
     """Resolve jobs and attempts that name a worker without a row; return what to publish.
 
     Safe to run twice at once, by the sweep and by workers that stop.
     """
     messages: list[JobMessage] = []
     while True:
-        rows = await execute(engine, _RESOLVE)
+        rows = await db.execute(_RESOLVE)
         await tell(replies, [row for row in rows if row.state == "failed"])
         messages += single_messages([row for row in rows if row.state == "queued"])
         if rows:
@@ -131,8 +128,8 @@ class _Watch:
 class Rescuer:
     """Watches the beats. One loop a sweep process; several sweeps may watch at once."""
 
-    def __init__(self, *, engine: AsyncEngine, replies: Replies, dead_after_s: float) -> None:
-        self._engine = engine
+    def __init__(self, *, db: Database, replies: Replies, dead_after_s: float) -> None:
+        self._db = db
         self._replies = replies
         self._dead_after_s = dead_after_s
         self._watched: dict[UUID, _Watch] = {}
@@ -144,15 +141,15 @@ class Rescuer:
         """
         try:
             await self._bury_dead()
-        except (SQLAlchemyError, OSError):
+        except DATABASE_ERRORS:
             self._watched.clear()
             raise
         # Every round, not only after a funeral: a worker may end between deleting its own row
         # and resolving what bears its name.
-        return await resolve_lost(self._engine, self._replies)
+        return await resolve_lost(self._db, self._replies)
 
     async def _bury_dead(self) -> None:
-        rows = await execute(self._engine, _READ)
+        rows = await self._db.execute(_READ)
         # Taken after the answer: a beat that was read late counts as seen late.
         now_s = asyncio.get_running_loop().time()
         watched: dict[UUID, _Watch] = {}
@@ -166,5 +163,5 @@ class Rescuer:
             watched[row.id] = watch
         self._watched = watched
         for row in dead:
-            if await execute(self._engine, _BURY, id=row.id, beat=row.beat):
+            if await self._db.execute(_BURY, id=row.id, beat=row.beat):
                 log.warning("worker %s (%s) is dead: its beat stands still", row.name, row.id)

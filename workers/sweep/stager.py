@@ -6,10 +6,8 @@ each bulk queue and Postgres the rest, first in, first out.
 
 from __future__ import annotations
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from sluicegate.shared.celery_app import JobMessage
-from sluicegate.workers.statements import execute
+from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.endings import to_messages
 
 # A count that stops counting where the answer is known.
@@ -40,14 +38,14 @@ RETURNING j.id, j.run_at, j.fence, j.published_at
 class Stager:
     """One round stages what there is room for; safe to run twice at once."""
 
-    def __init__(self, *, engine: AsyncEngine, ahead_jobs: int, chunk_size: int) -> None:
-        self._engine = engine
+    def __init__(self, *, db: Database, ahead_jobs: int, chunk_size: int) -> None:
+        self._db = db
         self._ahead_jobs = ahead_jobs
         self._chunk_size = chunk_size
 
     async def round(self, queues: list[str]) -> list[JobMessage]:
         """Queue the parked jobs of these queues that are due; return the messages to publish."""
-        looked = await execute(self._engine, _LOOK, queues=queues, ahead=self._ahead_jobs)
+        looked = await self._db.execute(_LOOK, queues=queues, ahead=self._ahead_jobs)
         messages: list[JobMessage] = []
         for row in looked:
             room = self._ahead_jobs - row.waiting
@@ -56,5 +54,5 @@ class Stager:
         return messages
 
     async def _stage(self, queue: str, room: int) -> list[JobMessage]:
-        rows = await execute(self._engine, _STAGE, queue=queue, room=room)
+        rows = await self._db.execute(_STAGE, queue=queue, room=room)
         return to_messages(queue, rows, self._chunk_size)
