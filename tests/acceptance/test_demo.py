@@ -156,7 +156,7 @@ def test_the_launchers_death_ends_all_it_started(start_demo: Callable[..., Demo]
         eventually(demo.is_gone, _STOP_S)
 
 
-@pytest.mark.parametrize("sign", ["postgres", "valkey", "sandbox.port", "logs/sweep.log"])
+@pytest.mark.parametrize("sign", ["postgres", "valkey", "logs", "sandbox.port"])
 def test_a_signal_while_it_starts(start_demo: Callable[..., Demo], sign: str) -> None:
     demo = start_demo()
     eventually(lambda: list(demo.folder.glob(f"sluice-demo-*/{sign}")), _START_S)

@@ -109,7 +109,9 @@ async def test_a_policy_may_forbid_another_try(
     rows(_DISPATCH)
     await asyncio.gather(*(sweep.rescue() for sweep in sweeps))
     assert rows("SELECT DISTINCT state, fence FROM jobs") == [("failed", 2)]
-    (body,) = {json.dumps(row.error) for row in rows("SELECT body -> 'error' AS error FROM results")}
+    (body,) = {
+        json.dumps(row.error) for row in rows("SELECT body -> 'error' AS error FROM results")
+    }
     assert json.loads(body)["error_class"] == "lost"
     assert _published(settings, redis_client) == []
 

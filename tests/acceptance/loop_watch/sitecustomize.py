@@ -55,5 +55,5 @@ def _heard(event: str, args: tuple[Any, ...]) -> None:
         _said.now = False
 
 
-asyncio.Handle._run = _watched_run  # type: ignore[method-assign]
+asyncio.Handle._run = _watched_run  # type: ignore[method-assign,assignment]
 sys.addaudithook(_heard)
