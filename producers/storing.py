@@ -18,9 +18,7 @@ from sluicegate.producers.submission import Draft
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.errors import IdempotencyConflict
 from sluicegate.shared.jobs import State
-
-#: The sweep listens here: bulk jobs were stored and may be staged.
-STAGE_CHANNEL: Final = "sluice_stage"
+from sluicegate.shared.queues import STAGE_CHANNEL
 
 #: One statement stores at most so many jobs, and bytes of requests unless a single one is larger.
 _BATCH_JOBS = 500

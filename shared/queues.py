@@ -11,6 +11,9 @@ from sluicegate.shared.jobs import Lane
 
 POOLS = ("openai", "anthropic")
 
+#: The Postgres channel on which producers say that parked jobs are due: it wakes the stager.
+STAGE_CHANNEL = "sluice_stage"
+
 
 class QueueName(NamedTuple):
     """The parts of a queue's name."""

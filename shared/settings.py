@@ -83,9 +83,9 @@ class Settings(BaseSettings):
     interactive_deadline_s: Seconds = 300
     bulk_deadline_s: Seconds = 86_400
     #: Paid calls a job may take, over all providers.
-    max_attempts: Annotated[int, Field(ge=1, le=20)] = 4
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = 5
     #: First and longest wait between attempts (full jitter).
-    retry_base_s: Seconds = 1
+    retry_base_s: Seconds = 2
     retry_max_s: Seconds = 300
     #: A longer wait than this parks the job in Postgres instead of a worker's memory.
     retry_park_above_s: Seconds = 30

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +17,17 @@ from rich.console import Console
 from sqlalchemy import select
 
 from sluicegate.shared.database import make_engine
-from sluicegate.shared.errors import SettingsError
+from sluicegate.shared.errors import SettingsError, SluiceError
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.migrations import current, upgrade
 from sluicegate.shared.queues import POOLS, pool_queues
 from sluicegate.shared.settings import Settings, get_settings
 from sluicegate.shared.tables import use_cases
+
+# The command line offers these commands only where what they run is installed.
+for _name in ("uvloop", "openai", "anthropic"):
+    if find_spec(_name) is None:
+        raise ModuleNotFoundError(f"{_name} is not installed", name=_name)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 db = typer.Typer(no_args_is_help=True, help="The database schema.")
@@ -113,9 +119,15 @@ def up(
     bulk: Annotated[bool, typer.Option(help="Also run workers for the bulk lane.")] = True,
 ) -> None:
     """Run the whole fleet in the foreground: servers unless URLs are given, workers, sweep."""
-    from sluicegate.workers.local.fleet import Fleet  # noqa: PLC0415 - needs the local extra
+    try:
+        from sluicegate.workers.local.fleet import Fleet  # noqa: PLC0415 - needs the local extra
+    except ModuleNotFoundError as error:
+        raise SluiceError(
+            f"`sluice up` needs {error.name}; run `pip install 'sluicegate[local]'`"
+        ) from None
 
     console = Console(stderr=True)
+    console.print("Starting the fleet ...")
     with Fleet(data_dir=data_dir, sandbox=sandbox, bulk=bulk, echo=True) as fleet:
         console.print(f"[green]The fleet runs.[/] Postgres and Redis: {fleet.where}. Stop: Ctrl-C")
         for name, value in fleet.client_environment.items():

@@ -36,7 +36,7 @@ from sluicegate.workers.providers.base import (
     Deadlines,
     ProviderError,
 )
-from sluicegate.workers.replies import Replies
+from sluicegate.workers.replies import Channel, Replies
 from sluicegate.workers.retry import Expire, GiveUp, Park, Retry, RetryPolicy
 from sluicegate.workers.settlement import Settlement, Settler
 from sluicegate.workers.slots import Slots
@@ -233,16 +233,16 @@ class Execution:
             await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
         sink = channel.delta if job.spec.stream else None
         try:
-            answer = await self._adapter(plan.provider).call(self._request(job, plan), sink)
+            answer = await self.adapter(plan.provider).call(self._request(job, plan), sink)
         except ProviderError as error:
+            channel.discard()
             return await self._failed(job, plan, attempt, error)
         failpoint("answered")
         self._note_latency(plan.provider.id, answer)
-        channel.discard()
-        return await self._end(
-            job,
-            outcomes.succeeded(job, attempt, plan.provider, answer, parts.settings.baseline_model),
+        settlement = outcomes.succeeded(
+            job, attempt, plan.provider, answer, parts.settings.baseline_model
         )
+        return await self._end(job, settlement, channel)
 
     def _request(self, job: Job, plan: Plan) -> Call:
         settings = self._parts.settings
@@ -261,7 +261,8 @@ class Execution:
             ),
         )
 
-    def _adapter(self, provider: Provider) -> Adapter:
+    def adapter(self, provider: Provider) -> Adapter:
+        """Return what calls this provider; raises `ProviderError` where there is no usable key."""
         settings = self._parts.settings
         if provider.provider == "openai":
             key, base_url = settings.openai_api_key, settings.openai_base_url
@@ -306,7 +307,9 @@ class Execution:
         error = outcomes.refusal("its deadline passed before it was answered", ErrorClass.TIMEOUT)
         return await self._end(job, outcomes.failed(job, State.EXPIRED, error))
 
-    async def _end(self, job: Job, settlement: Settlement) -> Again | None:
+    async def _end(
+        self, job: Job, settlement: Settlement, channel: Channel | None = None
+    ) -> Again | None:
         """Settle, then tell whoever waits. Postgres has it before anybody is told."""
         parts = self._parts
         try:
@@ -332,7 +335,7 @@ class Execution:
             return None
         body = settlement.get("body")
         if body is not None:
-            channel = parts.replies.channel(job.id, job.fence)
+            channel = channel or parts.replies.channel(job.id, job.fence)
             await parts.replies.end(channel, outcomes.terminal_payload(job, body, settled))
         if settlement["job_state"] != State.QUEUED or settled.published_at is None:
             return None

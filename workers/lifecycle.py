@@ -14,10 +14,12 @@ from uuid import UUID
 import redis.asyncio
 from celery import Celery
 
-from sluicegate.shared.catalogue import AsyncCatalogueCache
+from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, send
 from sluicegate.shared.database import BY_KEY, CONNECTION_ERRORS, check_schema, make_async_engine
-from sluicegate.shared.errors import QueueUnavailable, SettingsError
+from sluicegate.shared.errors import QueueUnavailable, SettingsError, UnknownPrice
+from sluicegate.shared.messages import Usage
+from sluicegate.shared.pricing import baseline_nano_usd
 from sluicegate.shared.queues import parse_queue
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
@@ -26,7 +28,7 @@ from sluicegate.workers.dispatch import Dispatcher
 from sluicegate.workers.execution import Again, Execution, Parts
 from sluicegate.workers.heartbeat import Heartbeat, Load
 from sluicegate.workers.journal import Journal
-from sluicegate.workers.providers.base import Adapters
+from sluicegate.workers.providers.base import Adapters, ProviderError
 from sluicegate.workers.publishing import Publisher
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.retry import RetryPolicy
@@ -127,14 +129,15 @@ class Worker:
             max_items=settings.coalesce_max,
             spacing_s=settings.spacing_s,
         )
+        catalogue = AsyncCatalogueCache(
+            prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
+        )
         self.execution = Execution(
             Parts(
                 settings=settings,
                 engine=self._engine,
                 redis=self._redis,
-                catalogue=AsyncCatalogueCache(
-                    prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
-                ),
+                catalogue=catalogue,
                 adapters=self._adapters,
                 heartbeat=self._heartbeat,
                 claims=self._claims,
@@ -164,10 +167,23 @@ class Worker:
         # up the loop for 0.15 s each time.
         gc.collect()
         gc.freeze()
+        self._warm_up(await catalogue.get(self._engine, self._redis))
         await self._heartbeat.start()
         self._started = True
         self._chores = asyncio.get_running_loop().create_task(self._release_lost())
         log.info("worker %s serves %s", self._heartbeat.worker_id, ", ".join(self._served.queues))
+
+    def _warm_up(self, catalogue: Catalogue) -> None:
+        """Read prices and make clients now: a first job would wait for that, and all beside it."""
+        baseline_nano_usd(Usage(), self._settings.baseline_model)
+        for provider in catalogue.providers:
+            if provider.provider != self._served.pool:
+                continue
+            try:
+                _ = provider.card
+                self.execution.adapter(provider)
+            except (UnknownPrice, ProviderError) as problem:
+                log.warning("jobs for %s will fail: %s", provider.name, problem)
 
     async def _check_database(self) -> None:
         try:

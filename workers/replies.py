@@ -31,7 +31,7 @@ class Channel:
     worker that lost the job are kept out. The channel then falls silent: `lost`.
     """
 
-    __slots__ = ("_replies", "_text", "_tools", "fence", "key", "lost", "n")
+    __slots__ = ("_replies", "_text", "_tools", "fence", "key", "lost", "n", "streamed")
 
     def __init__(self, replies: Replies, key: str, fence: int) -> None:
         self._replies = replies
@@ -41,9 +41,11 @@ class Channel:
         self.fence = fence
         self.n = 0
         self.lost = False
+        self.streamed = False
 
     def delta(self, text: str, tool_calls: Sequence[ToolCallFragment] = ()) -> None:
         """Add to the answer; it is sent within the delta interval."""
+        self.streamed = True
         if not self.lost:
             if text:
                 self._text.append(text)
@@ -62,7 +64,7 @@ class Channel:
         return orjson.dumps(payload)
 
     def discard(self) -> None:
-        """Forget deltas that were not sent: the terminal event has the whole answer."""
+        """Forget deltas that were not sent: another attempt follows, or nobody can read them."""
         self._text = []
         self._tools = []
 
@@ -86,6 +88,7 @@ class Replies:
         self._interval_s = delta_interval_s
         self._dirty: dict[str, Channel] = {}
         self._sender: asyncio.Task[None] | None = None
+        self._sending = asyncio.Lock()
         self._append = Coalescer[tuple[str, str, bytes], None](
             statement=self._append_many, max_items=max_items, spacing_s=spacing_s
         )
@@ -107,9 +110,15 @@ class Replies:
             channel.lost = True
 
     async def end(self, channel: Channel, payload: bytes) -> None:
-        """Append the terminal event: nothing of this fence can follow it."""
-        channel.discard()
+        """Append what is left of the answer, then the terminal event: nothing can follow that."""
+        if channel.streamed:
+            await self.flush(channel)
         await self._send(channel.key, terminal_id(channel.fence), payload)
+
+    async def flush(self, channel: Channel) -> None:
+        """Send the deltas that have come together, after those that are under way."""
+        async with self._sending:
+            await self._send_once([channel])
 
     def note_dirty(self, channel: Channel) -> None:
         """Have the channel's deltas sent at the end of the interval."""
@@ -153,7 +162,8 @@ class Replies:
                 self._dirty.clear()
                 if not channels:
                     return
-                await self._send_once(channels)
+                async with self._sending:
+                    await self._send_once(channels)
         finally:
             self._sender = None
 

@@ -80,9 +80,12 @@ def _watch(
     def over() -> bool:
         nonlocal rss_mib
         rss_mib = max(rss_mib, processes.rss_mib())
+        found = bill()
         # Its last jobs run with fewer and fewer beside them: the window ends before.
-        runs_dry = jobs is not None and bill()["calls"] >= jobs - case.in_flight // 2
-        return runs_dry or time.monotonic() - begin.at_s >= seconds
+        runs_dry = jobs is not None and found["calls"] >= jobs - case.in_flight // 2
+        # The jobs of a window end in waves: it is as long as a few, however slow the machine.
+        enough = found["calls"] - found["in_flight"] - begin.answered >= case.in_flight
+        return runs_dry or (enough and time.monotonic() - begin.at_s >= seconds)
 
     wait_until(over, seconds + _START_S, "its window does not end", alive=process, poll_s=_SAMPLE_S)
     end = instant()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -35,8 +36,11 @@ REFERENCE = "plain_asyncio"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks and return an exit code."""
     options = _options(arguments)
-    console = Console(stderr=True, quiet=options.json_only)
+    width = None if sys.stderr.isatty() else 160
+    console = Console(stderr=True, quiet=options.json_only, width=width)
     cases = [case for case in CASES if not options.case or case.name in options.case]
+    if options.tiny:
+        cases = [replace(case, in_flight=case.in_flight // 10, warm_up_s=0.2) for case in cases]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
@@ -82,6 +86,7 @@ def run(
                     f"  {measured.cpu_ms_per_job:5.2f} ms CPU a job  {measured.rss_mib:6.0f} MiB"
                     f"  {measured.busy:4.0%} busy",
                     highlight=False,
+                    soft_wrap=True,
                 )
     return found
 
@@ -135,6 +140,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6, help="length of each window")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tenth in flight, no warm-up: to see that all runs"
+    )
     parser.add_argument("--json-only", action="store_true", help="no progress, no table")
     options = parser.parse_args(arguments)
     if options.rounds < 1:

@@ -45,6 +45,7 @@ class Stage:
         self.cores = cores
         self._folder = folder
         self._exit = ExitStack()
+        self._provider: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -76,6 +77,10 @@ class Stage:
         )
         self._redis = undo.enter_context(redis.Redis.from_url(self.settings.redis_dsn))
         self.sandbox = self._start_sandbox(undo)
+        self._provider = {
+            "OPENAI_API_KEY": "sandbox",
+            "OPENAI_BASE_URL": self.sandbox.openai_base_url,
+        }
 
     def _start_sandbox(self, undo: ExitStack) -> SandboxControl:
         port_file = self._folder / "sandbox.port"
@@ -95,8 +100,7 @@ class Stage:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "OPENAI_API_KEY": "sandbox",
-            "OPENAI_BASE_URL": self.sandbox.openai_base_url if hasattr(self, "sandbox") else "",
+            **self._provider,
             "SLUICE_DATABASE_URL": self.settings.database_dsn,
             "SLUICE_REDIS_URL": self.settings.redis_dsn,
             "BENCH_BROKER_URL": self.settings.redis_dsn,

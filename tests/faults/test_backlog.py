@@ -56,6 +56,7 @@ SELECT published_at, array_agg(id ORDER BY id) AS ids FROM made GROUP BY 1 ORDER
 def _fill(engine: Engine, settings: Settings) -> list[list[UUID]]:
     """Queue the jobs, and publish a message for each chunk of them; return the chunks."""
     with engine.connect() as connection:
+        connection.exec_driver_sql("SET statement_timeout = 0")
         chunks = connection.exec_driver_sql(_FILL, {"jobs": JOBS}).all()
         connection.exec_driver_sql("ANALYZE")
     app = make_celery(settings)
@@ -215,6 +216,7 @@ def _backends(engine: Engine) -> int:
 
 def _fill_history(connection: Connection) -> None:
     """Fill the other tables with what jobs of earlier days have left."""
+    connection.exec_driver_sql("SET statement_timeout = 0")
     connection.exec_driver_sql(
         """
         WITH old AS (

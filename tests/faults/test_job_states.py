@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, settings as hypothesis_settings
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -275,10 +276,10 @@ def test_job_states(settings: Settings) -> None:
     lines = Lines(settings)
     machine = type("JobStatesHere", (JobStates,), {"lines": lines})
     try:
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis has no types here
+        run_state_machine_as_test(
             machine,
             settings=hypothesis_settings(
-                max_examples=400 if FULL else 40,
+                max_examples=500 if FULL else 100,
                 stateful_step_count=30,
                 suppress_health_check=list(HealthCheck),
             ),

@@ -18,7 +18,6 @@ import redis
 from sqlalchemy import Engine
 
 from sluicegate import AsyncSluice, JobView, Sluice
-from sluicegate.producers.storing import STAGE_CHANNEL
 from sluicegate.shared import accounts, catalogue
 from sluicegate.shared.errors import (
     IdempotencyConflict,
@@ -29,6 +28,7 @@ from sluicegate.shared.errors import (
     SluiceError,
 )
 from sluicegate.shared.jobs import State
+from sluicegate.shared.queues import STAGE_CHANNEL
 from sluicegate.shared.settings import Settings
 from tests.polling import eventually
 from tests.stand_in import StandIn

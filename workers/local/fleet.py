@@ -25,6 +25,8 @@ from sluicegate.workers.local.supervisor import Child, Supervisor
 
 #: How long `sluice up` waits for its processes after SIGTERM, beyond the workers' own grace.
 _STOP_MARGIN_S = 10.0
+#: Five Python processes that import an SDK each, on a machine that may be busy.
+_READY_TIMEOUT_S = 180.0
 
 
 class Fleet:
@@ -122,6 +124,7 @@ class Fleet:
             grace_s=self.settings.grace_s + _STOP_MARGIN_S,
             log_dir=log_dir,
             echo=self._echo,
+            ready_timeout_s=_READY_TIMEOUT_S,
         )
         self._stack.enter_context(self.supervisor)
 
@@ -154,7 +157,13 @@ class Fleet:
 
     def _children(self) -> list[Child]:
         names = known_use_cases(self.settings)
-        environment = os.environ | self._environment | self._overrides
+        # On a developer's machine root is often whom one runs as: no warning from each worker.
+        environment = (
+            os.environ
+            | self._environment
+            | self._overrides
+            | {"PYTHONWARNINGS": "ignore:::celery.platforms"}
+        )
         lanes = [Lane.INTERACTIVE, Lane.BULK] if self._bulk else [Lane.INTERACTIVE]
         children = [
             Child(

@@ -57,7 +57,7 @@ class Supervisor:
 
     children: in the order of their log colours; see Child.stage for start and stop.
     grace_s: what a stage has between SIGTERM and SIGKILL.
-    log_dir: gets a `<name>.log` for each child. echo: also write lines to our stdout.
+    log_dir: gets a `<name>.log` for each child. echo: also write lines to our stderr.
     ready_timeout_s: how long a stage may take until all its children are ready.
     restart_base_s, restart_cap_s: wait before a restart, doubled at each quick failure.
     stable_s: a child that ran this long has not failed quickly.
@@ -269,7 +269,7 @@ class _Output:
         self, name: str, width: int, colour: int, log_dir: Path | None, *, echo: bool
     ) -> None:
         self._echo = echo
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         label = f"{name:<{width}} | "
         self._prefix = f"\033[{colour}m{label}\033[0m" if coloured else label
         self._log_path = log_dir / f"{name}.log" if log_dir else None
@@ -305,8 +305,8 @@ class _Output:
     def _write(self, text: str) -> None:
         if self._echo:
             try:
-                sys.stdout.write(f"{self._prefix}{text}\n")
-                sys.stdout.flush()
+                sys.stderr.write(f"{self._prefix}{text}\n")
+                sys.stderr.flush()
             except (OSError, ValueError):  # nobody listens any more; the child must go on
                 self._echo = False
         if self._log_path is not None:

@@ -18,7 +18,7 @@ from sluicegate.shared.celery_app import JobMessage, make_celery, publish
 from sluicegate.shared.database import BY_SIZE, CONNECTION_ERRORS, check_schema, make_async_engine
 from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.jobs import Lane, State
-from sluicegate.shared.queues import POOLS, queue_name
+from sluicegate.shared.queues import POOLS, STAGE_CHANNEL, queue_name
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
 from sluicegate.shared.tables import use_cases
@@ -33,9 +33,6 @@ from sluicegate.workers.sweep.rescuer import Rescuer
 from sluicegate.workers.sweep.stager import Stager
 
 log = logging.getLogger(__name__)
-
-#: The channel on which producers say that jobs were parked and are due.
-STAGE_CHANNEL = "sluice_stage"
 
 
 class Sweep:
