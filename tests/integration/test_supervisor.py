@@ -196,7 +196,7 @@ def test_lines_are_echoed_with_the_name_and_the_environment_is_passed(
 
     def ready() -> bool:
         nonlocal heard
-        heard += capsys.readouterr().out
+        heard += capsys.readouterr().err
         return "hello you" in heard
 
     child = Child(name="one", argv=python(hello), env={"WHO": "you"}, ready=ready)
