@@ -66,11 +66,8 @@ _COLUMNS = tuple(field.name for field in fields(Attempt))
 class Dispatcher:
     """Opens attempts. One that is not opened was refused, and its call must not be made."""
 
-    def __init__(
-        self, *, db: Database, max_items: int, spacing_s: float, give_up_after_s: float
-    ) -> None:
+    def __init__(self, *, db: Database, max_items: int, spacing_s: float) -> None:
         self._db = db
-        self._give_up_after_s = give_up_after_s
         self._open = Coalescer[Attempt, bool](
             statement=self._open_many, max_items=max_items, spacing_s=spacing_s
         )
@@ -78,8 +75,8 @@ class Dispatcher:
     async def open(self, attempt: Attempt) -> bool:
         """Record the attempt; False if the job is no longer this worker's.
 
-        Raises a connection error if Postgres stays away: the outcome is then unknown to us, and
-        the sweep's to resolve, so the call must not be made.
+        Waits through any outage of Postgres: an attempt that may or may not be recorded could be
+        resolved by nobody as long as this worker lives.
         """
         return await self._open(attempt)
 
@@ -88,7 +85,7 @@ class Dispatcher:
         worker_ids = list({attempt.worker_id for attempt in attempts})
         rows = await through_disconnects(
             lambda: self._db.execute(_DISPATCH, items, worker_ids=worker_ids),
-            give_up_after_s=self._give_up_after_s,
+            give_up_after_s=None,
         )
         opened = {row.id for row in rows}
         return [attempt.attempt_id in opened for attempt in attempts]

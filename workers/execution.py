@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, Provider
 from sluicegate.shared.celery_app import JobMessage
-from sluicegate.shared.database import is_bad_data
+from sluicegate.shared.database import CONNECTION_ERRORS, is_bad_data
 from sluicegate.shared.errors import ErrorClass, InvalidJob, UnknownPrice
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Lane, State
@@ -40,6 +40,7 @@ from sluicegate.workers.replies import Channel, Replies
 from sluicegate.workers.retry import Expire, GiveUp, Park, Retry, RetryPolicy
 from sluicegate.workers.settlement import Settlement, Settler
 from sluicegate.workers.slots import Slots
+from sluicegate.workers.statements import through_disconnects
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Execution:
 
         # Route. The catalogue may have changed since the job was submitted.
         try:
-            plan = self._plan(job, await parts.catalogue.get(parts.engine, parts.redis))
+            plan = self._plan(job, await self._catalogue())
         except (InvalidJob, UnknownPrice) as problem:
             error = outcomes.refusal(str(problem))
             return await self._end(job, outcomes.failed(job, State.FAILED, error))
@@ -200,6 +201,15 @@ class Execution:
         """End a job in the middle of its call: what that cost only the provider knows."""
         ended = outcomes.cut_off_attempt(attempt, state)
         await self._end(job, outcomes.failed(job, state, error, attempt=attempt, ended=ended))
+
+    async def _catalogue(self) -> Catalogue:
+        parts = self._parts
+        try:
+            return await parts.catalogue.get(parts.engine, parts.redis)
+        except CONNECTION_ERRORS:
+            return await through_disconnects(
+                lambda: parts.catalogue.get(parts.engine, parts.redis), give_up_after_s=None
+            )
 
     def _plan(self, job: Job, catalogue: Catalogue) -> Plan:
         settings = self._parts.settings

@@ -145,7 +145,6 @@ class Worker:
                     db=self._db,
                     max_items=settings.coalesce_max,
                     spacing_s=settings.spacing_s,
-                    give_up_after_s=settings.grace_s,
                 ),
                 settler=Settler(
                     db=self._db,

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from sluicegate.workers.local.sandbox_control import SandboxControl
-from tests.harness import Rig, open_rig
+
+pytest.register_assert_rewrite("tests.harness")
+
+from tests.harness import Rig, open_rig  # noqa: E402 - once its assertions say what they saw
 
 
 @pytest.fixture(scope="module")

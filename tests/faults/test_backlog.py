@@ -177,7 +177,7 @@ def _claims(db: Database, worker_id: UUID) -> Claims:
 async def _work(chunks: list[list[UUID]], worker_id: UUID, db: Database, sweep: Sweep) -> None:
     """Do what worker and sweep do, often enough that statements are prepared."""
     claims = _claims(db, worker_id)
-    dispatcher = Dispatcher(db=db, max_items=200, spacing_s=0, give_up_after_s=5)
+    dispatcher = Dispatcher(db=db, max_items=200, spacing_s=0)
     for chunk in chunks:
         jobs = await claims.claim(chunk)
         assert len(jobs) == len(chunk)

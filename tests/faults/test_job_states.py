@@ -81,7 +81,7 @@ class Lines:
             max_items=100,
             spacing_s=0,
         )
-        self.dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0, give_up_after_s=5)
+        self.dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(coroutine)

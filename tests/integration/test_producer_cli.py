@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import redis
@@ -72,7 +72,7 @@ def serve(engine: Engine, redis_client: redis.Redis, settings: Settings) -> Serv
 
         def serve() -> None:
             job_id = eventually(lambda: over.is_set() or look())
-            if not over.is_set():
+            if isinstance(job_id, UUID):
                 work(StandIn(engine=engine, client=redis_client, settings=settings, job_id=job_id))
 
         thread = threading.Thread(target=serve)
