@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import UUID, uuid4
 
+import orjson
 import redis
 from pydantic import SecretStr
 from sqlalchemy import Row, create_engine
@@ -292,10 +293,10 @@ class Rig:
         found: Any = self.redis.llen(name)
         return int(found)
 
-    def journaled(self) -> int:
-        """How many settlements the journal keeps."""
-        found: Any = self.redis.xlen(self.settings.redis_prefix + JOURNAL_KEY)
-        return int(found)
+    def journaled(self) -> set[UUID]:
+        """Jobs of which the journal keeps a settlement."""
+        found: Any = self.redis.xrange(self.settings.redis_prefix + JOURNAL_KEY)
+        return {UUID(orjson.loads(fields[b"s"])["job_id"]) for _, fields in found}
 
     def channel(self, job_id: UUID) -> list[tuple[str, dict[bytes, bytes]]]:
         """Read the raw entries of a job's reply channel."""

@@ -236,7 +236,7 @@ def test_job_show_tells_what_became_of_a_job(
     job_id = str(request_of(engine).id)
     shown = dict(line.split("\t") for line in sluice("job", "show", job_id).out.splitlines())
     assert (shown["job"], shown["state"], shown["answer"]) == (job_id, "succeeded", "Dear Ada")
-    assert (shown["cost"], shown["attempts"], shown["model"]) == ("$0.000000", "0 of 4", "m-1")
+    assert (shown["cost"], shown["attempts"], shown["model"]) == ("$0.000000", "0 of 5", "m-1")
     view = json.loads(sluice("job", "show", job_id, "--json").out)
     assert (view["id"], view["result"]["text"], view["history"]) == (job_id, "Dear Ada", [])
 
