@@ -98,15 +98,16 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def is_disconnect(error: BaseException) -> bool:
-    """Whether the server went away, so that the same statement may be sent again.
+    """Whether the server cannot answer now, so that the same statement may be sent again.
 
-    Class 08 is the connection, 57P the server shutting down or starting, 53300 too many
-    connections, 25006 a replica that is not yet the primary.
+    Class 08 is the connection, 53 resources (a full disk, too many connections), 57 an operator's
+    hand or a statement's time limit, 58 an error of its system, 25006 a replica that is not yet
+    the primary.
     """
     code = sqlstate(error)
     if code is None:
         return isinstance(error, CONNECTION_ERRORS)
-    return code.startswith(("08", "57P")) or code in ("53300", "25006")
+    return code.startswith(("08", "53", "57", "58")) or code == "25006"
 
 
 def is_conflict(error: BaseException) -> bool:

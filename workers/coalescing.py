@@ -30,13 +30,20 @@ class Coalescer(Generic[T, R]):
 
     Statements start at least `spacing_s` apart: the first after a pause starts at once, and under
     load each carries what came meanwhile. `max_items` bounds a statement, `parallel` how many run
-    at the same time.
+    at the same time. `keeps` is for what must happen also when whoever asked for it is cancelled.
     """
 
     def __init__(
-        self, *, statement: Statement[T, R], max_items: int, spacing_s: float, parallel: int = 2
+        self,
+        *,
+        statement: Statement[T, R],
+        max_items: int,
+        spacing_s: float,
+        parallel: int = 2,
+        keeps: bool = False,
     ) -> None:
         self._statement = statement
+        self._keeps = keeps
         self._max_items = max_items
         self._spacing_s = spacing_s
         self._free = parallel
@@ -50,7 +57,15 @@ class Coalescer(Generic[T, R]):
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         self._schedule()
-        return await future
+        return await (asyncio.shield(future) if self._keeps else future)
+
+    async def finish(self) -> None:
+        """Wait until everything that was asked for has been answered."""
+        while self._waiting or self._running:
+            if self._running:
+                await asyncio.wait(self._running)
+            else:
+                await asyncio.sleep(self._spacing_s)
 
     def _schedule(self) -> None:
         if self._timer is not None or not self._free or not self._waiting:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 #: Connections to the providers above the jobs in flight, so that ours is never the limit.
 _SPARE_CONNECTIONS = 50
 _RELEASE_INTERVAL_S = 10.0
+_FINISH_S = 2.0
 
 
 class Served:
@@ -132,6 +133,13 @@ class Worker:
         catalogue = AsyncCatalogueCache(
             prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
         )
+        self._settler = Settler(
+            db=self._db,
+            max_items=settings.coalesce_max,
+            spacing_s=settings.spacing_s,
+            journal=journal.append,
+            forget=journal.forget,
+        )
         self.execution = Execution(
             Parts(
                 settings=settings,
@@ -146,13 +154,7 @@ class Worker:
                     max_items=settings.coalesce_max,
                     spacing_s=settings.spacing_s,
                 ),
-                settler=Settler(
-                    db=self._db,
-                    max_items=settings.coalesce_max,
-                    spacing_s=settings.spacing_s,
-                    journal=journal.append,
-                    forget=journal.forget,
-                ),
+                settler=self._settler,
                 replies=self._replies,
                 slots=self._slots,
                 retry=RetryPolicy(
@@ -229,6 +231,9 @@ class Worker:
             self._chores.cancel()
             await asyncio.gather(self._chores, return_exceptions=True)
         await self._heartbeat.stop()
+        # What was paid for and cut off in the middle of its settlement is settled all the same.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._settler.finish(), _FINISH_S)
         try:
             # Without its row this worker is dead to the fleet: jobs it had not dispatched are
             # queued again, calls that were cut off become unknown attempts.

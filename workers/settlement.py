@@ -171,8 +171,12 @@ class Settler:
         #: What is handed in, not booked and not in the journal, by identity.
         self._unkept: dict[int, Settlement] = {}
         self._settle = Coalescer[Settlement, Settled](
-            statement=self._settle_many, max_items=max_items, spacing_s=spacing_s
+            statement=self._settle_many, max_items=max_items, spacing_s=spacing_s, keeps=True
         )
+
+    async def finish(self) -> None:
+        """Wait until everything that was handed in is booked, also what nobody waits for now."""
+        await self._settle.finish()
 
     async def settle(self, settlement: Settlement) -> Settled:
         """End an attempt (if it names one) and move its job (if it is still held)."""

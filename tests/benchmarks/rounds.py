@@ -40,8 +40,7 @@ def measure(stage: Stage, case: Case, seconds: float) -> Measured:
         try:
             return _watch(stage, case, process, jobs, seconds)
         except BenchError as problem:
-            words = stage.log_path(case.name).read_text(errors="replace").strip()
-            raise BenchError(f"{case.name}: {problem}\n{words[-4000:]}") from problem
+            raise BenchError(f"{case.name}: {problem}\n{stage.last_words()}") from problem
 
 
 def _watch(

@@ -126,7 +126,7 @@ class Stage:
                 output=log,
             )
 
-        with self.log_path(name).open("wb") as log:
+        with (self._folder / f"{name}.log").open("wb") as log:
             if measured:
                 with self.cores.on_measured():
                     process = start()
@@ -138,9 +138,12 @@ class Stage:
             # Nothing that it leaves behind is needed, so nobody waits for it to finish.
             end(process)
 
-    def log_path(self, name: str) -> Path:
-        """Where a process writes."""
-        return self._folder / f"{name}.log"
+    def last_words(self) -> str:
+        """Return the ends of all logs that say something."""
+        logs = {path.stem: path.read_text(errors="replace") for path in self._folder.glob("*.log")}
+        return "\n".join(
+            f"--- {name}\n{said[-2000:].strip()}" for name, said in logs.items() if said
+        )
 
     def clear(self, *, latency_ms: float) -> None:
         """Make ready for a case: no rows, no queues, an idle provider that answers after this."""

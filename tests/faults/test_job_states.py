@@ -279,7 +279,7 @@ def test_job_states(settings: Settings) -> None:
         run_state_machine_as_test(
             machine,
             settings=hypothesis_settings(
-                max_examples=500 if FULL else 100,
+                max_examples=500 if FULL else 60,
                 stateful_step_count=30,
                 suppress_health_check=list(HealthCheck),
             ),
