@@ -207,6 +207,9 @@ class AsyncCatalogueCache(_Cached):
         fresh = self._fresh()
         if fresh is not None:
             return fresh
+        if self._value is not None:
+            # One asks; whoever comes meanwhile goes by what is known.
+            self._checked_at = self._clock()
         try:
             token = cast("bytes | None", await client.get(self._key))
         except redis.RedisError:

@@ -9,6 +9,7 @@ from celery.signals import celeryd_after_setup, worker_init
 
 from sluicegate.shared.celery_app import make_celery
 from sluicegate.shared.errors import SluiceError
+from sluicegate.shared.jobs import Lane
 from sluicegate.shared.settings import get_settings
 from sluicegate.workers.lifecycle import Served, Worker
 from sluicegate.workers.pool import require_asyncio_pool
@@ -18,6 +19,9 @@ try:
     _settings = get_settings()
 except SluiceError as problem:
     sys.exit(f"sluice: {problem}")
+
+#: Messages of single jobs that may wait unclaimed; of chunks it is one.
+_INTERACTIVE_PREFETCH = 8
 
 app = make_celery(
     _settings,
@@ -33,9 +37,12 @@ def _check(sender: Any, **_: Any) -> None:
     """Refuse a worker that is not started as the fleet needs it, in one sentence."""
     require_asyncio_pool(sender)
     try:
-        Served(list(sender.app.amqp.queues.consume_from))
+        served = Served(list(sender.app.amqp.queues.consume_from))
     except SluiceError as problem:
         sys.exit(f"sluice: {problem}")
+    if served.lane is Lane.INTERACTIVE:
+        # Small messages come one hand-over between two threads at a time: let a few come together.
+        sender.prefetch_multiplier = _INTERACTIVE_PREFETCH
 
 
 @celeryd_after_setup.connect(weak=False)

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _SPARE_CONNECTIONS = 50
 _RELEASE_INTERVAL_S = 10.0
 _FINISH_S = 2.0
+_GC_THRESHOLDS = (10_000, 50, 100)
 
 
 class Served:
@@ -164,11 +165,13 @@ class Worker:
                 ),
             )
         )
+        self._warm_up(await catalogue.get(self._engine, self._redis))
         # What is loaded by now stays: looking at it in every full collection of garbage would hold
-        # up the loop for 0.15 s each time.
+        # up the loop for 0.15 s each time. And thousands of calls in flight are no garbage: at
+        # Python's own thresholds a third of the CPU goes into looking for some.
         gc.collect()
         gc.freeze()
-        self._warm_up(await catalogue.get(self._engine, self._redis))
+        gc.set_threshold(*_GC_THRESHOLDS)
         await self._heartbeat.start()
         self._started = True
         self._chores = asyncio.get_running_loop().create_task(self._release_lost())
