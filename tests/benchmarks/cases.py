@@ -240,9 +240,9 @@ CASES: tuple[Case, ...] = (
     ),
     Streams(
         name="fleet_stream",
-        what="Sluicegate, 100 streams of 120 tokens, deltas read",
-        in_flight=100,
-        at_most_per_s=100,
+        what="Sluicegate, 200 streams of 120 tokens, deltas read",
+        in_flight=200,
+        at_most_per_s=200,
         warm_up_s=3,
     ),
 )
