@@ -146,7 +146,7 @@ def test_sizes_are_limited_apart() -> None:
     build_spec("draft", text)
     image = {"type": "image", "data": "A" * MAX_ATTACHMENT_BYTES}
     build_spec("vision", [turn({"type": "text", "text": text}, image)])
-    with pytest.raises(InvalidJob, match="20,000,000 are allowed"):
+    with pytest.raises(InvalidJob, match="1,500,000 are allowed"):
         build_spec("vision", [turn(image, IMAGE)])
     # The limit is in bytes of UTF-8, not in characters.
     with pytest.raises(InvalidJob, match="1,000,000 are allowed"):
