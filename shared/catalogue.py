@@ -85,10 +85,6 @@ class Catalogue:
     providers: tuple[Provider, ...]
     use_cases: Mapping[str, UseCase]
 
-    def provider(self, provider_id: UUID) -> Provider | None:
-        """Return the row with this id, if it is active."""
-        return next((row for row in self.providers if row.id == provider_id), None)
-
 
 PROVIDERS = select(
     *(

@@ -8,10 +8,9 @@ highest `n` there is: nothing of the same fence can follow it.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID
 
-import orjson
 from pydantic import Field, TypeAdapter
 
 from sluicegate.shared.jobs import Result, State
@@ -19,6 +18,9 @@ from sluicegate.shared.messages import Frozen
 
 #: The largest sequence number of a Redis Stream id (unsigned 64 bit).
 TERMINAL_N = 18446744073709551615
+
+#: The field of a stream entry that holds the event.
+FIELD: Final = b"e"
 
 
 class EventType(StrEnum):
@@ -118,11 +120,6 @@ def id_key(event_id: str) -> tuple[int, int]:
     """Order of event ids; `0` sorts before everything."""
     fence, _, n = event_id.partition("-")
     return int(fence), int(n or 0)
-
-
-def encode(payload: dict[str, Any]) -> bytes:
-    """JSON of a payload given as plain data: the hot path builds no models."""
-    return orjson.dumps(payload)
 
 
 def decode(event_id: str, data: bytes | str) -> Event:

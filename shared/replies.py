@@ -21,6 +21,7 @@ from sqlalchemy import Row
 
 from sluicegate.shared.errors import InvalidJob, NotFound, SluiceError
 from sluicegate.shared.events import (
+    FIELD,
     TERMINAL_N,
     Event,
     decode,
@@ -40,9 +41,6 @@ SELECT j.id AS job_id, j.state, j.created_at, j.finished_at, r.fence, r.body,
 FROM jobs j LEFT JOIN results r ON r.job_id = j.id
 WHERE j.id = ANY(%(job_ids)s)
 """
-
-#: Field of a stream entry that holds the event.
-_FIELD: Final = b"e"
 
 #: Events that wait for a slow consumer; its stream is read on when half of them are taken.
 _BUFFER_EVENTS = 1000
@@ -140,7 +138,7 @@ class Subscription:
         if self.terminal_only and not terminal:
             return
         try:
-            event = decode(entry_id, fields[_FIELD])
+            event = decode(entry_id, fields[FIELD])
         except (KeyError, ValidationError):
             # Nothing is lost with it: the terminal event holds the whole answer, and if it is
             # this one that cannot be read, the row has it.

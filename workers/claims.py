@@ -120,10 +120,6 @@ class Claims:
             spacing_s=spacing_s,
         )
 
-    def serve(self, queues: Sequence[str]) -> None:
-        """Claim jobs of these queues from now on."""
-        self._queues = list(queues)
-
     async def claim(self, job_ids: Sequence[UUID]) -> list[Job]:
         """Claim what can be claimed; the rest is somebody else's, or not due, or over.
 

@@ -123,14 +123,7 @@ class Worker:
             give_up_after_s=settings.grace_s,
         )
         journal = Journal(client=self._redis, prefix=settings.redis_prefix)
-        self._replies = Replies(
-            client=self._redis,
-            prefix=settings.redis_prefix,
-            ttl_s=settings.reply_ttl_s,
-            delta_interval_s=settings.delta_interval_s,
-            max_items=settings.coalesce_max,
-            spacing_s=settings.spacing_s,
-        )
+        self._replies = Replies(settings, self._redis)
         catalogue = AsyncCatalogueCache(
             prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
         )

@@ -12,14 +12,12 @@ import orjson
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
-from sluicegate.shared.events import event_id, reply_key, terminal_id
+from sluicegate.shared.events import FIELD, event_id, reply_key, terminal_id
+from sluicegate.shared.settings import Settings
 from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.providers.base import ToolCallFragment
 
 log = logging.getLogger(__name__)
-
-#: The field of a stream entry that holds the event.
-FIELD = "e"
 
 _BEGIN_TIMEOUT_S = 1.0
 
@@ -72,25 +70,18 @@ class Channel:
 class Replies:
     """All reply channels of a worker process."""
 
-    def __init__(
-        self,
-        *,
-        client: redis.asyncio.Redis,
-        prefix: str,
-        ttl_s: float,
-        delta_interval_s: float,
-        max_items: int,
-        spacing_s: float,
-    ) -> None:
+    def __init__(self, settings: Settings, client: redis.asyncio.Redis) -> None:
         self._client = client
-        self._prefix = prefix
-        self._ttl_ms = round(ttl_s * 1000)
-        self._interval_s = delta_interval_s
+        self._prefix = settings.redis_prefix
+        self._ttl_ms = round(settings.reply_ttl_s * 1000)
+        self._interval_s = settings.delta_interval_s
         self._dirty: dict[str, Channel] = {}
         self._sender: asyncio.Task[None] | None = None
         self._sending = asyncio.Lock()
         self._append = Coalescer[tuple[str, str, bytes], None](
-            statement=self._append_many, max_items=max_items, spacing_s=spacing_s
+            statement=self._append_many,
+            max_items=settings.coalesce_max,
+            spacing_s=settings.spacing_s,
         )
 
     def channel(self, job_id: UUID, fence: int) -> Channel:

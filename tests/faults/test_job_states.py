@@ -73,14 +73,7 @@ class Lines:
         self.connection = self.engine.connect()
         self.db = Database(settings, application_name="test", size=4, planner=BY_KEY)
         self.redis = make_async_redis(settings)
-        self.replies = Replies(
-            client=self.redis,
-            prefix=settings.redis_prefix,
-            ttl_s=60,
-            delta_interval_s=0.01,
-            max_items=100,
-            spacing_s=0,
-        )
+        self.replies = Replies(settings.model_copy(update={"spacing_s": 0}), self.redis)
         self.dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -11,11 +11,16 @@ import psycopg
 from celery import Celery
 from redis.exceptions import RedisError
 from sqlalchemy import select
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from sluicegate.shared.celery_app import JobMessage, make_celery, publish
-from sluicegate.shared.database import BY_SIZE, CONNECTION_ERRORS, check_schema, make_async_engine
+from sluicegate.shared.database import (
+    BY_SIZE,
+    CONNECTION_ERRORS,
+    check_schema,
+    connect_options,
+    make_async_engine,
+)
 from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.queues import POOLS, STAGE_CHANNEL, queue_name
@@ -45,14 +50,7 @@ class Sweep:
         self._db = Database(settings, application_name="sluice sweep", size=4, planner=BY_SIZE)
         self._redis = make_async_redis(settings)
         self._woken = asyncio.Event()
-        self._replies = Replies(
-            client=self._redis,
-            prefix=settings.redis_prefix,
-            ttl_s=settings.reply_ttl_s,
-            delta_interval_s=settings.delta_interval_s,
-            max_items=settings.coalesce_max,
-            spacing_s=settings.spacing_s,
-        )
+        self._replies = Replies(settings, self._redis)
         self._journal = Journal(client=self._redis, prefix=settings.redis_prefix)
         self._rescuer = Rescuer(
             db=self._db, replies=self._replies, dead_after_s=settings.dead_after_s
@@ -157,14 +155,12 @@ class Sweep:
 
     async def _listen(self) -> None:
         """Wake the stager when a producer has committed; polling covers what this misses."""
-        url = make_url(self._settings.database_dsn).set(drivername="postgresql")
-        dsn = url.render_as_string(hide_password=False)
+        dsn, options = connect_options(self._settings, "sluice sweep listen", ())
         while True:
             try:
                 connection: psycopg.AsyncConnection[Any] = await psycopg.AsyncConnection.connect(
-                    dsn, autocommit=True, application_name="sluice sweep listen",
-                    connect_timeout=max(1, round(self._settings.connect_timeout_s)),
-                )  # fmt: skip
+                    dsn, autocommit=True, **options
+                )
                 async with connection:
                     await connection.execute(f"LISTEN {STAGE_CHANNEL}")
                     async for _ in connection.notifies():
