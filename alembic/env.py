@@ -4,7 +4,7 @@ from alembic import context
 from alembic.util import CommandError
 
 from sluicegate.shared.errors import SluiceError
-from sluicegate.shared.migrations import LOCK_KEY, exclusive_connection
+from sluicegate.shared.migrations import LOCK_KEY, exclusive_connection, make_schema
 from sluicegate.shared.settings import Settings, load_settings
 from sluicegate.shared.tables import metadata
 
@@ -23,18 +23,21 @@ def _settings() -> Settings:
 
 
 def _run_online() -> None:
-    with exclusive_connection(_settings()) as connection:
+    settings = _settings()
+    with exclusive_connection(settings) as connection:
         context.configure(
             connection=connection,
             target_metadata=metadata,
             autogenerate_plugins=_AUTOGENERATE_PLUGINS,
         )
         with context.begin_transaction():
+            make_schema(connection, settings)
             context.run_migrations()
 
 
 def _run_offline() -> None:
     """Write SQL for somebody else to run, with the same lock."""
+    schema = _settings().database_schema
     context.configure(
         dialect_name="postgresql",
         target_metadata=metadata,
@@ -43,6 +46,8 @@ def _run_offline() -> None:
     )
     with context.begin_transaction():
         context.execute(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
+        context.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        context.execute(f"SET LOCAL search_path = {schema}")
         context.run_migrations()
 
 

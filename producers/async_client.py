@@ -21,10 +21,8 @@ from tenacity import AsyncRetrying
 
 from sluicegate.producers.client import resolve_settings
 from sluicegate.producers.outcomes import (
-    DATABASE_ERRORS,
     REPEAT,
     check_timeout,
-    explain,
     result_of,
     timed_out,
 )
@@ -54,7 +52,7 @@ from sluicegate.producers.submission import (
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
 from sluicegate.shared.catalogue import AsyncCatalogueCache
 from sluicegate.shared.celery_app import JobMessage, make_celery
-from sluicegate.shared.database import make_async_engine
+from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
 from sluicegate.shared.errors import NotFound, SluiceError
 from sluicegate.shared.events import Event
 from sluicegate.shared.jobs import Result

@@ -19,10 +19,8 @@ from sqlalchemy import Connection
 from tenacity import Retrying
 
 from sluicegate.producers.outcomes import (
-    DATABASE_ERRORS,
     REPEAT,
     check_timeout,
-    explain,
     result_of,
     timed_out,
 )
@@ -52,7 +50,7 @@ from sluicegate.producers.submission import (
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
 from sluicegate.shared.catalogue import Catalogue, CatalogueCache, read
 from sluicegate.shared.celery_app import make_celery
-from sluicegate.shared.database import make_engine
+from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine
 from sluicegate.shared.errors import NotFound, SluiceError
 from sluicegate.shared.events import Event
 from sluicegate.shared.jobs import Result

@@ -1,24 +1,20 @@
-"""What a failure or the end of a job means to the caller."""
+"""What the end of a job means to the caller, and what a lost server does."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Final
 
-from sqlalchemy.exc import SQLAlchemyError
 from tenacity import retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from sluicegate.shared.database import is_conflict, is_disconnect, sqlstate
+from sluicegate.shared.database import is_conflict, is_disconnect
 from sluicegate.shared.errors import (
     InvalidJob,
     JobCancelled,
     JobEnded,
     JobExpired,
     JobFailed,
-    QueueUnavailable,
     ResultTimeout,
-    SchemaOutdated,
-    SluiceError,
 )
 from sluicegate.shared.events import Completed, Event, Failed
 from sluicegate.shared.jobs import Result, State
@@ -31,30 +27,11 @@ REPEAT: Final[dict[str, Any]] = {
     "reraise": True,
 }
 
-#: What a statement raises when Postgres cannot answer it.
-DATABASE_ERRORS: Final = (SQLAlchemyError, OSError)
-
-_NO_SUCH_TABLE = ("42P01", "42703")
-_FOREIGN_KEY = "23503"
-
 _ENDED: Final[dict[State, type[JobEnded]]] = {
     State.FAILED: JobFailed,
     State.EXPIRED: JobExpired,
     State.CANCELLED: JobCancelled,
 }
-
-
-def explain(error: Exception) -> SluiceError:
-    """Say in one sentence what an error of the database means."""
-    code = sqlstate(error)
-    if is_disconnect(error):
-        return QueueUnavailable("Postgres did not answer; try again, and check SLUICE_DATABASE_URL")
-    if code in _NO_SUCH_TABLE:
-        return SchemaOutdated()
-    if code == _FOREIGN_KEY:
-        return InvalidJob("account", "was deleted just now")
-    reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
-    return QueueUnavailable(f"Postgres refused the statement: {reason}")
 
 
 def result_of(event: Event) -> Result:

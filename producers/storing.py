@@ -42,16 +42,16 @@ WITH given AS (
         %(id)s::uuid[], %(account_id)s::uuid[], %(use_case)s::text[], %(lane)s::text[],
         %(queue)s::text[], %(state)s::text[], %(max_attempts)s::smallint[],
         %(deadline_s)s::float8[], %(idempotency_key)s::text[], %(request_hash)s::bytea[],
-        %(request)s::text[], %(submitted_by)s::text[], %(request_id)s::text[]
+        %(request)s::text[], %(submitted_by)s::text[], %(request_id)s::text[], %(reply_to)s::text[]
     ) AS g(id, account_id, use_case, lane, queue, state, max_attempts, deadline_s,
-           idempotency_key, request_hash, request, submitted_by, request_id)
+           idempotency_key, request_hash, request, submitted_by, request_id, reply_to)
 ), stored AS (
     INSERT INTO jobs (
         id, account_id, use_case, lane, queue, state, max_attempts, deadline_at, published_at,
-        idempotency_key, request_hash, submitted_by, submitted_from, request_id)
+        idempotency_key, request_hash, submitted_by, submitted_from, request_id, reply_to)
     SELECT id, account_id, use_case, lane, queue, state, max_attempts,
            now() + make_interval(secs => deadline_s), CASE WHEN state = 'queued' THEN now() END,
-           idempotency_key, request_hash, submitted_by, %(submitted_from)s, request_id
+           idempotency_key, request_hash, submitted_by, %(submitted_from)s, request_id, reply_to
     FROM given
     ON CONFLICT DO NOTHING
     RETURNING id, state, published_at

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypedDict
 from uuid import UUID
@@ -23,6 +23,7 @@ from sqlalchemy import Row
 from sluicegate.shared.accounts import DEFAULT_ACCOUNT
 from sluicegate.shared.catalogue import Catalogue
 from sluicegate.shared.errors import IdempotencyConflict, InvalidJob
+from sluicegate.shared.events import ChannelName
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import JobSpec, Lane, State, build_spec
 from sluicegate.shared.messages import Frozen, Message, ResponseFormat, Tool
@@ -48,9 +49,11 @@ class JobOptions(TypedDict, total=False):
     model: a catalogue name or model id instead of routing's choice. tools, tool_choice,
     response_format, effort: as the models understand them. metadata: up to 32 strings, kept.
 
-    account: name or id. lane: `interactive` or `bulk`. deadline_s: after it the job is expired.
-    max_attempts: paid calls at most. idempotency_key: the same key and request give the same job.
-    request_id: the caller's own, kept with the job. submitted_by: who asks, if not the OS user.
+    account: name or id. lane: `interactive` or `bulk`. deadline: in seconds, as a `timedelta`, or
+    the moment itself; after it the job is expired. max_attempts: paid calls at most.
+    idempotency_key: the same key and request give the same job. reply_to: the shared channel that
+    the result goes to, for `replies`. request_id: the caller's own, kept with the job.
+    submitted_by: who asks, if not the OS user.
     """
 
     system: str | None
@@ -64,9 +67,10 @@ class JobOptions(TypedDict, total=False):
     metadata: Mapping[str, str]
     account: str | UUID
     lane: Lane | Literal["interactive", "bulk"]
-    deadline_s: float | None
+    deadline: float | timedelta | datetime | None
     max_attempts: int | None
     idempotency_key: str | None
+    reply_to: str | None
     request_id: str | None
     submitted_by: str | None
 
@@ -82,9 +86,11 @@ class _Terms(Frozen):
 
     account: _Label = DEFAULT_ACCOUNT
     lane: Lane = Lane.INTERACTIVE
-    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = None
+    #: In seconds from now.
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=20)] | None = None
     idempotency_key: _Label | None = None
+    reply_to: ChannelName | None = None
     request_id: _Label | None = None
     submitted_by: _Label | None = None
 
@@ -110,6 +116,7 @@ class Draft:
     request: bytes
     submitted_by: str
     request_id: str | None
+    reply_to: str | None
 
 
 FIND_ACCOUNTS: Final = """
@@ -135,6 +142,8 @@ def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -
         known = ", ".join(sorted(_TERMS | _FIELDS))
         raise InvalidJob(min(map(str, unknown)), f"is not an option of a job; there are {known}")
     given = {name: options[name] for name in _TERMS & options.keys()}
+    if "deadline" in given:
+        given["deadline"] = _seconds_left(given["deadline"])
     with suppress(ValueError, AttributeError, TypeError):
         if "account" in given:
             given["account"] = str(UUID(str(given["account"])))
@@ -144,6 +153,17 @@ def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise InvalidJob(str(first["loc"][0]), _sentence(first["type"], first["msg"])) from None
     return Request(use_case, prompt, {n: options[n] for n in _FIELDS & options.keys()}, terms)
+
+
+def _seconds_left(deadline: object) -> object:
+    """Bring the ways to write a deadline to one: seconds from now."""
+    if isinstance(deadline, timedelta):
+        return deadline.total_seconds()
+    if isinstance(deadline, datetime):
+        if deadline.tzinfo is None:
+            raise InvalidJob("deadline", "is a time without a time zone; give it one")
+        return (deadline - datetime.now(UTC)).total_seconds()
+    return deadline
 
 
 def _sentence(kind: str, message: str) -> str:
@@ -260,12 +280,13 @@ class Desk:
             # Bulk waits in Postgres: the sweep brings it to the broker a few minutes ahead.
             state=State.PARKED if bulk else State.QUEUED,
             max_attempts=terms.max_attempts or settings.max_attempts,
-            deadline_s=terms.deadline_s or default_s,
+            deadline_s=terms.deadline or default_s,
             idempotency_key=terms.idempotency_key,
             request_hash=JobSpec.digest(content),
             request=content,
             submitted_by=terms.submitted_by or _os_user(),
             request_id=terms.request_id,
+            reply_to=terms.reply_to,
         )
 
     def draft_all(self, requests: Iterable[Request]) -> list[Draft]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Row
 
 from sluicegate.shared.errors import ErrorClass
-from sluicegate.shared.jobs import AttemptState, Lane, Result, State
+from sluicegate.shared.jobs import AttemptState, Lane, Result, State, dollars
 from sluicegate.shared.messages import Frozen
 from sluicegate.shared.replies import load_result
 
@@ -63,9 +64,9 @@ class JobView(Frozen):
     result: Result | None
 
     @property
-    def cost_usd(self) -> float:
-        """Cost in dollars, for showing."""
-        return self.cost_nano_usd / 1e9
+    def cost(self) -> Decimal:
+        """What its calls have cost so far, in US dollars, exact."""
+        return dollars(self.cost_nano_usd)
 
 
 # An attempt has at most one entry and one correction, each under an index of its own.

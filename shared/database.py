@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sluicegate.shared.errors import SchemaOutdated
+from sluicegate.shared.errors import InvalidJob, QueueUnavailable, SchemaOutdated, SluiceError
 from sluicegate.shared.settings import Settings
 
 #: The migration this version of the code was written for.
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 
 #: What a lost server, or a pool that waits for one, raises.
 CONNECTION_ERRORS = (
@@ -28,6 +28,11 @@ CONNECTION_ERRORS = (
     OSError,
 )
 
+#: What a statement of an engine raises when Postgres does not do it.
+DATABASE_ERRORS: Final = (SQLAlchemyError, OSError)
+
+_NO_SUCH_TABLE = ("42P01", "42703")
+_FOREIGN_KEY = "23503"
 
 #: Plans of statements that go by key must not depend on how full the tables were when they were
 #: made: a plan made for an empty table would read a full one from end to end.
@@ -41,6 +46,7 @@ def connect_options(
 ) -> tuple[str, dict[str, Any]]:
     """Return what psycopg connects with: the connection string, and options as keywords."""
     url = make_url(settings.database_dsn).set(drivername="postgresql")
+    given = str(url.query.get("options", ""))
     server = [
         f"statement_timeout={round(settings.command_timeout_s * 1000)}",
         "timezone=UTC",
@@ -53,7 +59,7 @@ def connect_options(
         "keepalives_interval": 5,
         "keepalives_count": 3,
         "tcp_user_timeout": round(settings.command_timeout_s * 1000),
-        "options": " ".join(f"-c {option}" for option in server),
+        "options": " ".join([given, *(f"-c {option}" for option in server)]),
     }
 
 
@@ -119,6 +125,19 @@ def is_bad_data(error: BaseException) -> bool:
     """Whether a value in the statement, not the server, is to blame (SQLSTATE 22, 23)."""
     code = sqlstate(error)
     return code is not None and code.startswith(("22", "23"))
+
+
+def explain(error: Exception) -> SluiceError:
+    """Say in one sentence what an error of the database means."""
+    code = sqlstate(error)
+    if is_disconnect(error):
+        return QueueUnavailable("Postgres did not answer; try again, and check SLUICE_DATABASE_URL")
+    if code in _NO_SUCH_TABLE:
+        return SchemaOutdated()
+    if code == _FOREIGN_KEY:
+        return InvalidJob("account", "was deleted just now")
+    reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
+    return QueueUnavailable(f"Postgres refused the statement: {reason}")
 
 
 def check_schema(connection: Connection) -> None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, StringConstraints, TypeAdapter
 
 from sluicegate.shared.jobs import Result, State
 from sluicegate.shared.messages import Frozen
@@ -21,6 +21,10 @@ TERMINAL_N = 18446744073709551615
 
 #: The field of a stream entry that holds the event.
 FIELD: Final = b"e"
+
+
+#: The name of a shared reply channel.
+ChannelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$")]
 
 
 class EventType(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
@@ -192,6 +193,11 @@ def _check_size(spec: JobSpec) -> None:
         raise InvalidJob("prompt", f"takes {text_bytes:,} bytes; {MAX_REQUEST_BYTES:,} are allowed")
 
 
+def dollars(nano_usd: int) -> Decimal:
+    """Return an amount in US dollars, exact."""
+    return Decimal(nano_usd).scaleb(-9)
+
+
 class JobError(Frozen):
     """Why a job ended without an answer, readable by a person."""
 
@@ -225,9 +231,14 @@ class Result(Frozen):
     finished_at: datetime | None = None
 
     @property
-    def cost_usd(self) -> float:
-        """Cost in dollars, for showing; sums are made with `cost_nano_usd`."""
-        return self.cost_nano_usd / 1e9
+    def cost(self) -> Decimal:
+        """What all its calls cost, in US dollars, exact."""
+        return dollars(self.cost_nano_usd)
+
+    @property
+    def baseline_cost(self) -> Decimal:
+        """What the same tokens would have cost at the baseline model, in US dollars, exact."""
+        return dollars(self.baseline_nano_usd)
 
     @property
     def latency_s(self) -> float | None:

@@ -85,6 +85,14 @@ def exclusive_connection(
         yield connection
 
 
+def make_schema(connection: Connection, settings: Settings) -> None:
+    """Make the schema of `database_schema`, unless somebody did who was allowed to."""
+    wanted = {"name": settings.database_schema}
+    if connection.scalar(text("SELECT to_regnamespace(:name)"), wanted) is None:
+        # The setting's pattern leaves nothing that would need quotes.
+        connection.execute(text(f"CREATE SCHEMA {settings.database_schema}"))
+
+
 def _config(settings: Settings) -> Config:
     """Alembic's configuration, without a file: an installed package has none."""
     config = Config(attributes={"settings": settings})
@@ -100,16 +108,17 @@ def _scripts() -> Path:
 
 def _engine(settings: Settings) -> Engine:
     """Build an engine of its own: here statements may be slow and transactions span many."""
+    url = make_url(settings.database_dsn)
     return create_engine(
-        settings.database_dsn,
+        url,
         poolclass=NullPool,
         connect_args={
             "connect_timeout": max(1, round(settings.connect_timeout_s)),
             "application_name": "sluice migrations",
             # A table that is in use for long must not be waited for: everybody else would queue
             # up behind us.
-            "options": f"-c lock_timeout={round(settings.command_timeout_s * 1000)}"
-            " -c timezone=UTC",
+            "options": f"{url.query.get('options', '')} -c timezone=UTC"
+            f" -c lock_timeout={round(settings.command_timeout_s * 1000)}",
         },
     )
 

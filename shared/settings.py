@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     # Where the truth lives
     #: PostgreSQL, as a SQLAlchemy URL; `postgres://` and `postgresql://` are taken too.
     database_url: SecretStr = SecretStr("postgresql+psycopg://sluice@127.0.0.1:5432/sluice")
+    #: The Postgres schema that holds all our tables, apart from those of a back end beside us.
+    database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = "sluicegate"
     #: Redis or Valkey: broker, reply channels and journal.
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     #: In front of every key and queue in Redis.
@@ -78,6 +80,10 @@ class Settings(BaseSettings):
     idle_deadline_s: Seconds = 20
     total_deadline_s: Seconds = 300
 
+    #: What keys of providers in the database are encrypted with: Fernet keys with commas between,
+    #: the newest first. All can be read, the first one writes.
+    encryption_keys: SecretStr | None = None
+
     # Jobs
     #: Seconds from submit to the deadline, when the caller names none.
     interactive_deadline_s: Seconds = 300
@@ -91,6 +97,8 @@ class Settings(BaseSettings):
     retry_park_above_s: Seconds = 30
     #: Life of a reply channel after its last event.
     reply_ttl_s: Seconds = 3600
+    #: Results that a shared reply channel holds at most; the rest wait in Postgres meanwhile.
+    reply_channel_max: Count = 100_000
     #: How often a waiting reader looks at the row itself, so that a lost event cannot hang it.
     reply_recheck_s: Seconds = 5
     #: Deltas of one stream are collected this long before they are sent on.
@@ -153,8 +161,17 @@ class Settings(BaseSettings):
 
     @property
     def database_dsn(self) -> str:
-        """The database URL with its password, for opening connections only."""
-        return self.database_url.get_secret_value()
+        """The database URL with its password, for opening connections only.
+
+        Its `options` make the server look for tables in our schema alone.
+        """
+        url, _, query = self.database_url.get_secret_value().partition("?")
+        values = dict(parse_qsl(query))
+        path = f"-csearch_path={self.database_schema}"
+        given = values.get("options", "")
+        if path not in given:
+            values["options"] = f"{given} {path}".strip()
+        return f"{url}?{urlencode(values, quote_via=quote)}"
 
     @property
     def redis_dsn(self) -> str:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -117,6 +118,28 @@ llm_providers = Table(
     ),
 )
 
+#: A provider's keys for its own API, where they are not in the environment.
+provider_keys = Table(
+    "provider_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    #: The pool whose providers it opens.
+    Column("provider", Text, nullable=False),
+    #: Null: every account's.
+    Column("account_id", Uuid, ForeignKey("accounts.id", ondelete="CASCADE")),
+    Column("api_key_encrypted", Text, nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("updated_at", _TIME, nullable=False, server_default=_NOW),
+    _one_of("provider", "openai", "anthropic"),
+    Index(
+        "provider_keys_key",
+        "provider",
+        "account_id",
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+    ),
+)
+
 workers = Table(
     "workers",
     metadata,
@@ -136,6 +159,30 @@ workers = Table(
     _one_of("lane", "interactive", "bulk"),
     # Beats are the most frequent update there is: leave room to do them in place.
     postgresql_with={"fillfactor": "50"},
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("account_id", Uuid, ForeignKey("accounts.id"), nullable=False),
+    #: What it was made from, such as the name of a file.
+    Column("name", Text, nullable=False),
+    Column("use_case", Text, nullable=False),
+    #: Its jobs, and how many of them have ended, in which state. A trigger counts.
+    Column("total", Integer, nullable=False),
+    Column("succeeded", Integer, nullable=False, server_default="0"),
+    Column("failed", Integer, nullable=False, server_default="0"),
+    Column("cancelled", Integer, nullable=False, server_default="0"),
+    Column("expired", Integer, nullable=False, server_default="0"),
+    #: Lines of the file that were no jobs.
+    Column("rejected", Integer, nullable=False, server_default="0"),
+    Column("submitted_by", Text),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    Column("cancelled_at", _TIME),
+    #: When the last of its jobs ended.
+    Column("finished_at", _TIME),
+    CheckConstraint("total >= 1", name="total"),
 )
 
 jobs = Table(
@@ -168,6 +215,13 @@ jobs = Table(
     Column("submitted_by", Text),
     Column("submitted_from", Text),
     Column("request_id", Text),
+    #: The shared channel that its terminal result goes to.
+    Column("reply_to", Text),
+    #: The batch it came with, and its place there, from 1.
+    Column("batch_id", Uuid, ForeignKey("batches.id")),
+    Column("batch_line", Integer),
+    #: Somebody wants it to end; until its worker has heard of that it goes on.
+    Column("cancel_requested_at", _TIME),
     _one_of("lane", "interactive", "bulk"),
     _one_of("state", "queued", "running", "parked", "succeeded", "failed", "cancelled", "expired"),
     CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="holder"),
@@ -179,6 +233,17 @@ jobs = Table(
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
     Index("jobs_account_idx", "account_id", "id"),
+    Index(
+        "jobs_batch_idx",
+        "batch_id",
+        "batch_line",
+        postgresql_where=text("batch_id IS NOT NULL"),
+    ),
+    Index(
+        "jobs_cancelling_idx",
+        "worker_id",
+        postgresql_where=text("state = 'running' AND cancel_requested_at IS NOT NULL"),
+    ),
     # Lost messages: per queue, the rows whose message should have been seen longest ago.
     Index(
         "jobs_queued_idx",
@@ -296,4 +361,16 @@ results = Table(
     Column("attempt_id", Uuid),
     Column("fence", BigInteger, nullable=False),
     Column("body", JSON, nullable=False),
+)
+
+#: Terminal results on their way to shared reply channels; a trigger on `results` writes it.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("channel", Text, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    #: Until then it is being delivered; whoever does may have died.
+    Column("taken_until", _TIME, nullable=False, server_default=text("'-infinity'::timestamptz")),
 )

@@ -15,15 +15,17 @@ from typer.main import get_group
 
 from sluicegate.shared.errors import InvalidJob, JobEnded, SettingsError, SluiceError
 
-_PRODUCERS = "sluicegate.producers.cli"
+_SUBMIT = "sluicegate.producers.cli"
+_JOBS = "sluicegate.producers.job_commands"
+_ACCOUNTS = "sluicegate.producers.account_commands"
 _WORKERS = "sluicegate.workers.cli"
 _DEMO = "sluicegate.demo"
 
 #: Where each command is, in the order of the help page.
 _COMMANDS = {
-    "submit": _PRODUCERS,
-    "job": _PRODUCERS,
-    "account": _PRODUCERS,
+    "submit": _SUBMIT,
+    "job": _JOBS,
+    "account": _ACCOUNTS,
     "demo": _DEMO,
     "up": _WORKERS,
     "worker": _WORKERS,

@@ -215,7 +215,7 @@ def _run_jobs(fleet: Fleet, jobs: Sequence[Job], screen: _Screen) -> Tally:
     began = time.monotonic()
     # The client is closed first, which ends the wait of every thread.
     with ThreadPoolExecutor(len(whole)) as pool, Sluice(fleet.settings) as sluice:
-        handles = sluice.submit_many(None, whole, deadline_s=_DEADLINE_S)
+        handles = sluice.submit_many(None, whole, deadline=_DEADLINE_S)
         lanes = Counter(job.get("lane", "interactive") for job in whole)
         screen.say(
             f"{len(handles)} jobs are stored: {lanes['interactive']} interactive, "
@@ -249,7 +249,7 @@ def _stream(sluice: Sluice, job: Job, screen: _Screen) -> Result:
 
     use_case = str(job["use_case"])
     screen.say(f"One more {use_case}, its reply shown as it arrives:")
-    handle = sluice.submit_many(None, [job], deadline_s=_DEADLINE_S)[0]
+    handle = sluice.submit_many(None, [job], deadline=_DEADLINE_S)[0]
     shown = ""
     for event in handle.events(timeout=_DEADLINE_S + _ANSWER_MARGIN_S):
         match event.payload:

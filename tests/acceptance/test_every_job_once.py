@@ -185,10 +185,10 @@ def test_all_attempts_fail(rig: Rig) -> None:
 def test_a_deadline_passes_during_a_call_between_calls_and_before_one(rig: Rig) -> None:
     rig.sandbox.add_fault("hang", prompt_contains="hangs")
     rig.sandbox.add_fault("http_429", prompt_contains="waits", retry_after_s=600)
-    hanging = rig.submit("draft", 1, text="hangs", deadline_s=1.5)
+    hanging = rig.submit("draft", 1, text="hangs", deadline=1.5)
     # Nobody serves `complex` here.
-    unserved = rig.submit("complex", 1, deadline_s=1.0)
-    waiting = rig.submit("draft", 1, text="waits", deadline_s=3.0)
+    unserved = rig.submit("complex", 1, deadline=1.0)
+    waiting = rig.submit("draft", 1, text="waits", deadline=3.0)
     for (job_id,) in (hanging, unserved):
         with pytest.raises(JobExpired, match="deadline"):
             rig.client.handle(job_id).result(timeout=30)

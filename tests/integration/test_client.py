@@ -154,7 +154,7 @@ def test_no_jobs_are_no_work(client: Client) -> None:
         ("max_tokens", ("draft", "hi"), {"max_tokens": 10_000_000}),
         ("account", ("draft", "hi"), {"account": "nobody"}),
         ("account", ("draft", "hi"), {"account": uuid4()}),
-        ("deadline_s", ("draft", "hi"), {"deadline_s": -1}),
+        ("deadline", ("draft", "hi"), {"deadline": -1}),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_stored(

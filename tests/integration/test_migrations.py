@@ -98,14 +98,14 @@ def schema(connection: Connection) -> dict[str, list[tuple[object, ...]]]:
     queries = {
         "columns": """
             SELECT table_name, column_name, data_type, udt_name, is_nullable, column_default
-            FROM information_schema.columns WHERE table_schema = 'public'""",
+            FROM information_schema.columns WHERE table_schema = current_schema()""",
         "constraints": """
             SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid)
-            FROM pg_constraint WHERE connamespace = 'public'::regnamespace""",
-        "indexes": "SELECT tablename, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+            FROM pg_constraint WHERE connamespace = current_schema()::regnamespace""",
+        "indexes": "SELECT tablename, indexdef FROM pg_indexes WHERE schemaname = current_schema()",
         "options": """
             SELECT relname, reloptions::text FROM pg_class
-            WHERE relnamespace = 'public'::regnamespace AND reloptions IS NOT NULL""",
+            WHERE relnamespace = current_schema()::regnamespace AND reloptions IS NOT NULL""",
     }
     return {
         name: sorted(
@@ -140,10 +140,36 @@ def test_upgrade_downgrade_and_upgrade_again(empty: Settings) -> None:
 
 def test_the_schema_is_that_of_the_tables(empty: Settings, settings: Settings) -> None:
     with connected(empty) as connection:
+        migrations.make_schema(connection, empty)
         metadata.create_all(connection)
         wanted = schema(connection)
     with connected(settings) as connection:
         assert schema(connection) == wanted
+    assert all(wanted.values())
+
+
+def test_tables_of_a_back_end_in_the_same_database_are_left_alone(empty: Settings) -> None:
+    theirs = ("accounts", "jobs", "results", "alembic_version")
+    with connected(empty) as connection:
+        for table in theirs:
+            connection.execute(text(f"CREATE TABLE public.{table} (theirs int)"))
+    migrations.upgrade(empty)
+    migrations.downgrade(empty, "base")
+    migrations.upgrade(empty)
+    with connected(empty) as connection:
+        check_schema(connection)
+        assert set(inspect(connection).get_table_names("public")) == set(theirs)
+        for table in theirs:
+            assert connection.execute(text(f"SELECT * FROM public.{table}")).keys() == ["theirs"]
+
+
+def test_our_schema_may_have_been_made_by_somebody_else(empty: Settings) -> None:
+    named = empty.model_copy(update={"database_schema": "crm_llm"})
+    with connected(empty) as connection:
+        connection.execute(text("CREATE SCHEMA crm_llm"))
+    migrations.upgrade(named)
+    assert migrations.current(named) == SCHEMA_REVISION
+    assert migrations.current(empty) is None
 
 
 def test_autogenerate_finds_nothing(settings: Settings) -> None:
@@ -223,7 +249,7 @@ def test_two_upgrades_at_once(empty: Settings, environment: Environment) -> None
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     # One did the work, and the other found nothing to do.
-    assert sorted(error.count("Running upgrade") for error in errors) == [0, 2]
+    assert sorted(error.count("Running upgrade") for error in errors) == [0, 3]
     assert migrations.current(empty) == SCHEMA_REVISION
 
 
@@ -238,6 +264,7 @@ def test_an_upgrade_waits_for_the_one_that_runs_but_not_for_ever(empty: Settings
 
 def test_a_failed_upgrade_leaves_nothing(empty: Settings) -> None:
     with connected(empty) as connection:
+        migrations.make_schema(connection, empty)
         connection.execute(text("CREATE TABLE results (foreign_to_us int)"))
     with pytest.raises(MigrationError, match='nothing was changed: relation "results" already'):
         migrations.upgrade(empty)

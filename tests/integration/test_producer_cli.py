@@ -181,7 +181,7 @@ def test_a_failed_job_is_one_line_and_code_1(
         (("submit", "draft", "hi", "--max-tokens", "many"), "--max-tokens"),
         (("submit", "draft", "hi", "--account", "nobody"), "account"),
         (("submit", "draft", "hi", "--lane", "fast"), "--lane"),
-        (("submit", "draft", "hi", "--deadline", "-1"), "deadline_s"),
+        (("submit", "draft", "hi", "--deadline", "-1"), "deadline"),
         (("submit", "draft"), "prompt"),
         (("submit", "draft", "hi", "--temperature", "1"), "--temperature"),
         (("job", "show", "7"), "job_id"),

@@ -278,6 +278,6 @@ def test_a_result_reads_back_and_says_cost_and_latency() -> None:
         finished_at=began + timedelta(seconds=2.5),
     )
     assert Result.model_validate_json(result.model_dump_json()) == result
-    assert result.cost_usd == 1.5
+    assert str(result.cost) == "1.500000000"
     assert result.latency_s == 2.5
     assert Result(job_id=UUID(int=1), state=State.QUEUED, use_case="draft").latency_s is None

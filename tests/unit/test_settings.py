@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import make_url
 
 from sluicegate.shared.errors import SettingsError
 from sluicegate.shared.settings import Settings, get_settings, load_settings
@@ -14,7 +15,9 @@ from sluicegate.shared.settings import Settings, get_settings, load_settings
 def test_defaults_need_nothing() -> None:
     settings = load_settings()
     assert settings == Settings(_env_file=None)
-    assert settings.database_dsn == "postgresql+psycopg://sluice@127.0.0.1:5432/sluice"
+    assert settings.database_dsn == (
+        "postgresql+psycopg://sluice@127.0.0.1:5432/sluice?options=-csearch_path%3Dsluicegate"
+    )
     assert settings.openai_api_key is None
 
 
@@ -54,7 +57,18 @@ def test_an_empty_value_means_the_default(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_database_urls_as_people_write_them(given: str) -> None:
     settings = load_settings(database_url=given)
-    assert settings.database_dsn == "postgresql+psycopg://u:p@h:1/d"
+    assert settings.database_dsn.startswith("postgresql+psycopg://u:p@h:1/d?")
+
+
+def test_our_schema_is_added_once_to_the_options_of_a_url() -> None:
+    url = "postgresql://u:p@h:1/d?options=-c%20jit%3Doff&sslmode=require"
+    first = load_settings(database_url=url, database_schema="crm_llm")
+    assert make_url(first.database_dsn).query == {
+        "options": "-c jit=off -csearch_path=crm_llm",
+        "sslmode": "require",
+    }
+    again = load_settings(database_url=first.database_dsn, database_schema="crm_llm")
+    assert again.database_dsn == first.database_dsn
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_bulk_job_is_parked() -> None:
 
 
 def test_terms_are_the_callers_where_given() -> None:
-    job = draft(deadline_s=7, max_attempts=2, submitted_by="crm", request_id="r-1")
+    job = draft(deadline=7, max_attempts=2, submitted_by="crm", request_id="r-1")
     assert (job.deadline_s, job.max_attempts) == (7, 2)
     assert (job.submitted_by, job.request_id) == ("crm", "r-1")
 
@@ -126,9 +126,9 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any]]] = [
     ("account", "draft", "hi", {"account": "a\x00"}),
     ("account", "draft", "hi", {"account": None}),
     ("lane", "draft", "hi", {"lane": "fast"}),
-    ("deadline_s", "draft", "hi", {"deadline_s": 0}),
-    ("deadline_s", "draft", "hi", {"deadline_s": 31 * 86_400}),
-    ("deadline_s", "draft", "hi", {"deadline_s": float("nan")}),
+    ("deadline", "draft", "hi", {"deadline": 0}),
+    ("deadline", "draft", "hi", {"deadline": 31 * 86_400}),
+    ("deadline", "draft", "hi", {"deadline": float("nan")}),
     ("max_attempts", "draft", "hi", {"max_attempts": 0}),
     ("idempotency_key", "draft", "hi", {"idempotency_key": ""}),
     ("idempotency_key", "draft", "hi", {"idempotency_key": "\ud800"}),

@@ -1,0 +1,29 @@
+"""A connection to Postgres for one command."""
+
+# What takes long to import is imported once a command connects.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+
+@contextmanager
+def connection() -> Iterator[Connection]:
+    """Connect, in autocommit; what Postgres refuses is a `SluiceError` of one sentence."""
+    from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine
+    from sluicegate.shared.settings import get_settings
+
+    engine = make_engine(get_settings(), application_name="sluice command", pool_size=1)
+    try:
+        with engine.connect() as line:
+            yield line
+    except DATABASE_ERRORS as error:
+        raise explain(error) from error
+    finally:
+        engine.dispose()
