@@ -18,6 +18,7 @@ from sluicegate.shared.errors import InvalidJob, JobEnded, SettingsError, Sluice
 _SUBMIT = "sluicegate.producers.cli"
 _JOBS = "sluicegate.producers.job_commands"
 _ACCOUNTS = "sluicegate.producers.account_commands"
+_HEALTH = "sluicegate.producers.health_commands"
 _WORKERS = "sluicegate.workers.cli"
 _DEMO = "sluicegate.demo"
 
@@ -26,6 +27,8 @@ _COMMANDS = {
     "submit": _SUBMIT,
     "job": _JOBS,
     "account": _ACCOUNTS,
+    "doctor": _HEALTH,
+    "health": _HEALTH,
     "demo": _DEMO,
     "up": _WORKERS,
     "worker": _WORKERS,
