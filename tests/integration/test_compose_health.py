@@ -12,6 +12,7 @@ import pytest
 import yaml
 from sqlalchemy import Engine, text
 
+from sluicegate.shared.database import make_engine
 from sluicegate.shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +27,9 @@ def check(settings: Settings, environment: Callable[[Settings], dict[str, str]])
 
     def run(service: str) -> subprocess.CompletedProcess[str]:
         kind, program, *arguments = SERVICES[service]["healthcheck"]["test"]
-        assert (kind, program) == ("CMD", "python")
+        assert (kind, program) == ("CMD", "sluice")
         return subprocess.run(
-            [sys.executable, *arguments],
+            [sys.executable, "-m", "sluicegate.cli", *arguments],
             env=environment(settings),
             capture_output=True,
             text=True,
@@ -55,12 +56,20 @@ def test_a_worker_is_healthy_while_it_beats(check: Check, engine: Engine) -> Non
     assert check("worker-openai").returncode != 0
 
 
-def test_the_others_are_healthy_with_a_database_of_their_version(
+def test_the_sweep_is_healthy_while_it_is_connected(check: Check, settings: Settings) -> None:
+    assert check("sweep").returncode != 0
+    listening = make_engine(settings, application_name="sluice sweep listen")
+    with listening.connect():
+        healthy = check("sweep")
+    listening.dispose()
+    assert healthy.returncode == 0, healthy.stderr
+
+
+def test_migrations_are_done_when_the_schema_is_of_their_version(
     check: Check, engine: Engine
 ) -> None:
-    healthy = check("sweep")
+    healthy = check("migrate")
     assert healthy.returncode == 0, healthy.stderr
-    assert SERVICES["migrate"]["healthcheck"] == SERVICES["sweep"]["healthcheck"]
     with engine.connect() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
-    assert check("sweep").returncode != 0
+    assert "sluice db upgrade" in check("migrate").stderr
