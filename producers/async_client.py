@@ -8,25 +8,47 @@ async with AsyncSluice() as sluice:
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from uuid import UUID
+from weakref import WeakSet
 
+from pydantic import BaseModel
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 from tenacity import AsyncRetrying
 
 from sluicegate.producers.client import resolve_settings
+from sluicegate.producers.forking import opening, register
+from sluicegate.producers.joining import AsyncCaller, async_caller_of, join_async
+from sluicegate.producers.listing import (
+    ACCOUNT_QUERY,
+    JobFilters,
+    JobList,
+    JobSummary,
+    load_summary,
+)
 from sluicegate.producers.outcomes import (
     REPEAT,
     check_timeout,
+    expecting,
+    not_committed,
     result_of,
     timed_out,
 )
 from sluicegate.producers.publishing import publish_accepted
+from sluicegate.producers.reply_channels import BATCH, AsyncReplies, Channel
+from sluicegate.producers.steering import (
+    CANCEL,
+    FIND_ENDED,
+    RETRY,
+    read_cancelled,
+    reopening,
+)
 from sluicegate.producers.storing import (
     FIND,
     INSERT,
@@ -49,13 +71,14 @@ from sluicegate.producers.submission import (
     read_request,
     read_requests,
 )
+from sluicegate.producers.telling import note_untold, tell_channel_async, tell_worker
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
-from sluicegate.shared.catalogue import AsyncCatalogueCache
+from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
-from sluicegate.shared.errors import NotFound, SluiceError
+from sluicegate.shared.errors import NotFound, QueueUnavailable, SluiceError
 from sluicegate.shared.events import Event
-from sluicegate.shared.jobs import Result
+from sluicegate.shared.jobs import Result, State
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.replies import parse_event_id
 from sluicegate.shared.reply_reader import AsyncReplyReader
@@ -63,15 +86,27 @@ from sluicegate.shared.settings import Settings
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class AsyncJobHandle:
     """A job that was accepted."""
 
-    def __init__(self, client: AsyncSluice, job_id: UUID, *, fresh_until: float = 0.0) -> None:
+    def __init__(
+        self,
+        client: AsyncSluice,
+        job_id: UUID,
+        *,
+        fresh_until: float = 0.0,
+        answer_type: type[BaseModel] | None = None,
+        joined: bool = False,
+    ) -> None:
         self.id = job_id
         self._client = client
         # A job that was submitted just now has not ended yet: its row need not be looked at.
         self._fresh_until = fresh_until
+        self._answer_type = answer_type
+        self._joined = joined
 
     def __repr__(self) -> str:
         return f"AsyncJobHandle({str(self.id)!r})"
@@ -80,11 +115,15 @@ class AsyncJobHandle:
         """Wait for the answer, at most `timeout` seconds.
 
         Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing;
-        `NotFound` if there is no such job.
+        `NotFound` if there is no such job, or the transaction it is in has not committed.
         """
         seconds = check_timeout(timeout)
         (event,) = [one async for one in self._events("0", seconds, terminal_only=True)]
         return result_of(event)
+
+    async def cancel(self) -> State:
+        """Cancel the job; see `AsyncSluice.cancel`."""
+        return await self._client.cancel(self.id)
 
     def events(
         self, last_id: str = "0", timeout: float | None = None
@@ -115,9 +154,13 @@ class AsyncJobHandle:
         )
         try:
             while (event := await reader.next(subscription, deadline)) is not None:
-                yield event
+                yield expecting(event, self._answer_type)
         except TimeoutError:
             raise timed_out(self.id, timeout) from None
+        except NotFound:
+            if self._joined:
+                raise not_committed(self.id) from None
+            raise
         finally:
             reader.unsubscribe(subscription)
 
@@ -126,7 +169,7 @@ class _Lines:
     """The connections of one process, for one event loop. Each opens at first use."""
 
     def __init__(self, settings: Settings) -> None:
-        self.pid = os.getpid()
+        self._loop = asyncio.get_running_loop()
         self.engine = make_async_engine(settings, application_name="sluice producer")
         self.redis = make_async_redis(settings)
         self.app = make_celery(settings)
@@ -134,17 +177,43 @@ class _Lines:
         self.catalogue = AsyncCatalogueCache(
             prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
         )
+        #: Readers of shared channels, which end with the client.
+        self.replies: WeakSet[AsyncReplies] = WeakSet()
         # Celery publishes synchronously; one thread does it for all who submit.
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="sluice-publisher")
         self._unpublished: list[JobMessage] = []
         self._publishing: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def publish(self, messages: Sequence[JobMessage]) -> None:
         """Publish, together with what others have to publish meanwhile."""
+        self._begin(messages)
+        if self._publishing is not None:
+            await asyncio.shield(self._publishing)
+
+    def publish_soon(self, messages: Sequence[JobMessage]) -> None:
+        """Publish without waiting for it; called by any thread."""
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
+            self._begin(messages)
+        else:
+            self._loop.call_soon_threadsafe(self._begin, messages)
+
+    def _begin(self, messages: Sequence[JobMessage]) -> None:
+        if self._closed:
+            log.warning("this client is closed; the sweep will publish (jobs: %d)", len(messages))
+            return
         self._unpublished += messages
         if self._publishing is None:
-            self._publishing = asyncio.create_task(self._publish())
-        await asyncio.shield(self._publishing)
+            self._publishing = self._loop.create_task(self._publish())
+
+    async def tell_worker(self, worker: str, job_ids: Sequence[UUID]) -> None:
+        """Have a worker look for jobs to be cancelled."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._publisher, tell_worker, self.app, worker, job_ids)
 
     async def _publish(self) -> None:
         loop = asyncio.get_running_loop()
@@ -156,6 +225,8 @@ class _Lines:
             self._publishing = None
 
     async def close(self) -> None:
+        self._closed = True
+        await asyncio.gather(*(one.close() for one in list(self.replies)))
         await self.reader.close()
         if self._publishing is not None:
             await self._publishing
@@ -168,6 +239,8 @@ class _Lines:
 class AsyncSluice:
     """Submits jobs and reads their results, on one event loop; it connects at first use.
 
+    A process that is forked may use it on a loop of its own.
+
     settings: those of the environment if not given. Keywords replace single settings, as in
     `AsyncSluice(redis_prefix="crm:")`.
     """
@@ -177,34 +250,49 @@ class AsyncSluice:
         self._lines: _Lines | None = None
         self._closed = False
         self._accounts = AccountBook()
+        register(self)
 
     async def submit(
-        self, use_case: str, prompt: Prompt, **options: Unpack[JobOptions]
+        self,
+        use_case: str,
+        prompt: Prompt,
+        *,
+        connection: object = None,
+        **options: Unpack[JobOptions],
     ) -> AsyncJobHandle:
         """Accept one job; it is stored when this returns.
+
+        connection: stores it in this transaction of the caller's instead, and publishes it after
+        the commit. A SQLAlchemy `AsyncSession` or `AsyncConnection`, or a psycopg
+        `AsyncConnection`, to the same database; its own errors are raised as they come.
 
         Raises `InvalidJob` that names the field which is refused, `IdempotencyConflict`, and
         `QueueUnavailable` if Postgres does not answer.
         """
+        caller = None if connection is None else async_caller_of(connection)
         request = read_request(use_case, prompt, options)
         desk = await self._desk([request])
-        return (await self._submit([desk.draft(request)]))[0]
+        return (await self._submit([request], [desk.draft(request)], caller))[0]
 
     async def submit_many(
         self,
         use_case: str | None,
         jobs: Iterable[Prompt | Mapping[str, Any]],
+        *,
+        connection: object = None,
         **common: Unpack[JobOptions],
     ) -> list[AsyncJobHandle]:
-        """Accept many jobs, all or none; raises as `submit`.
+        """Accept many jobs, all or none; `connection` and errors as in `submit`.
 
         Each is a prompt, or a mapping with `prompt` and what it has other than the rest: any
         option of `submit`, `use_case` too.
         """
+        caller = None if connection is None else async_caller_of(connection)
         # Checking thousands of jobs takes seconds, which belong to the loop's other tasks.
         requests = await asyncio.to_thread(read_requests, use_case, jobs, common)
         desk = await self._desk(requests)
-        return await self._submit(await asyncio.to_thread(desk.draft_all, requests))
+        drafts = await asyncio.to_thread(desk.draft_all, requests)
+        return await self._submit(requests, drafts, caller)
 
     async def get(self, job_id: UUID | str) -> JobView:
         """Look at a job; raises `NotFound`."""
@@ -218,13 +306,88 @@ class AsyncSluice:
 
         return await self._query(look)
 
-    def handle(self, job_id: UUID | str) -> AsyncJobHandle:
-        """Return a handle of a job that was accepted before, here or elsewhere."""
-        return AsyncJobHandle(self, parse_job_id(job_id))
+    def handle(
+        self, job_id: UUID | str, response_format: type[BaseModel] | None = None
+    ) -> AsyncJobHandle:
+        """Return a handle of a job that was accepted before, here or elsewhere.
+
+        response_format: the pydantic model that `result.parsed` is to be an instance of.
+        """
+        return AsyncJobHandle(self, parse_job_id(job_id), answer_type=response_format)
+
+    async def cancel(self, job_id: UUID | str) -> State:
+        """Cancel a job; return its state.
+
+        `cancelled`: it will not run, or was cancelled before. `running`: its worker has been asked
+        to cut its call off, what that cost is estimated, and `result` tells how it ended. Any other
+        state: it is over. Raises `NotFound`.
+        """
+        wanted = parse_job_id(job_id)
+        rows = await self._execute(CANCEL, job_ids=[wanted])
+        cancelled = read_cancelled(self.settings, wanted, rows)
+        lines = self._open()
+        try:
+            await tell_channel_async(lines.redis, cancelled.commands)
+        except QueueUnavailable as error:
+            note_untold(error)
+        if cancelled.worker is not None:
+            await lines.tell_worker(cancelled.worker, [wanted])
+        return cancelled.state
+
+    async def retry(self, job_id: UUID | str) -> AsyncJobHandle:
+        """Try a failed, cancelled or expired job once more, with fresh attempts and deadline.
+
+        Raises `NotFound`, `IllegalTransition` for a job in another state, `InvalidJob` if nothing
+        serves it any more.
+        """
+        wanted = parse_job_id(job_id)
+        rows = await self._execute(FIND_ENDED, job_id=wanted)
+        again = reopening(self.settings, await self._catalogue(), wanted, rows)
+        lines = self._open()
+        await tell_channel_async(lines.redis, again.commands(self.settings))
+        message = again.message(await self._execute(RETRY, **again.parameters))
+        await lines.publish([message])
+        return AsyncJobHandle(self, wanted)
+
+    async def list_jobs(self, **filters: Unpack[JobFilters]) -> list[JobSummary]:
+        """List jobs, newest first; raises `NotFound` for an account that is not there."""
+        jobs = JobList(filters)
+        accounts: Sequence[Row[Any]] = ()
+        if jobs.account is not None:
+            accounts = await self._execute(ACCOUNT_QUERY, account=jobs.account)
+        statement, values = jobs.statement(accounts)
+        return [load_summary(row) for row in await self._execute(statement, **values)]
+
+    def replies(
+        self,
+        channel: str,
+        group: str,
+        *,
+        consumer: str | None = None,
+        timeout: float | None = None,
+        redeliver_after_s: float = 60.0,
+        batch: int = BATCH,
+    ) -> AsyncReplies:
+        """Read a shared reply channel as one of a group; see `Sluice.replies`."""
+        replies = AsyncReplies(
+            Channel(
+                settings=self.settings,
+                channel=channel,
+                group=group,
+                consumer=consumer,
+                redeliver_after_s=redeliver_after_s,
+                batch=batch,
+            ),
+            settings=self.settings,
+            client=lambda: self._open().redis,
+            timeout=check_timeout(timeout),
+        )
+        self._open().replies.add(replies)
+        return replies
 
     async def close(self) -> None:
         """Close all connections; whoever still waits for a result gets a `SluiceError`."""
-        lines, self._lines = self._lines, None
+        lines = self.forget_lines()
         self._closed = True
         if lines is not None:
             await lines.close()
@@ -245,12 +408,17 @@ class AsyncSluice:
         """What reads the reply channels, for handles."""
         return self._open().reader
 
+    def forget_lines(self) -> _Lines | None:
+        """Let go of what is open, as a forked process does; see `forking`."""
+        lines, self._lines = self._lines, None
+        return lines
+
     def _open(self) -> _Lines:
         if self._closed:
             raise SluiceError("this client is closed; make a new one")
-        # After a fork the sockets belong to the parent: leave them alone, open others.
-        if self._lines is None or self._lines.pid != os.getpid():
-            self._lines = _Lines(self.settings)
+        if self._lines is None:
+            with opening:
+                self._lines = _Lines(self.settings)
         return self._lines
 
     async def _desk(self, requests: Sequence[Request]) -> Desk:
@@ -262,26 +430,46 @@ class AsyncSluice:
                 return self._accounts.learn(await connection.exec_driver_sql(FIND_ACCOUNTS, named))
 
             ids |= await self._query(find)
+        return Desk(settings=self.settings, catalogue=await self._catalogue(), accounts=ids)
+
+    async def _catalogue(self) -> Catalogue:
         lines = self._open()
         try:
-            catalogue = await lines.catalogue.get(lines.engine, lines.redis)
+            return await lines.catalogue.get(lines.engine, lines.redis)
         except DATABASE_ERRORS as error:
             raise explain(error) from error
-        return Desk(settings=self.settings, catalogue=catalogue, accounts=ids)
 
-    async def _submit(self, drafts: Sequence[Draft]) -> list[AsyncJobHandle]:
-        # One statement is all or nothing by itself.
-        jobs = await self._query(
-            lambda connection: _store(connection, drafts), atomic=len(drafts) > 1
-        )
-        messages = [job.message for job in jobs if job.message is not None]
-        if messages:
-            await self._open().publish(messages)
-        fresh_until = time.monotonic() + self.settings.reply_recheck_s
+    async def _submit(
+        self, requests: Sequence[Request], drafts: Sequence[Draft], caller: AsyncCaller | None
+    ) -> list[AsyncJobHandle]:
+        if caller is not None:
+            jobs = await join_async(caller, drafts, self.settings, self._open().publish_soon)
+            fresh_until = 0.0
+        else:
+            # One statement is all or nothing by itself.
+            jobs = await self._query(
+                lambda connection: _store(connection, drafts), atomic=len(drafts) > 1
+            )
+            messages = [job.message for job in jobs if job.message is not None]
+            if messages:
+                await self._open().publish(messages)
+            fresh_until = time.monotonic() + self.settings.reply_recheck_s
         return [
-            AsyncJobHandle(self, job.id, fresh_until=fresh_until if job.is_new else 0.0)
-            for job in jobs
+            AsyncJobHandle(
+                self,
+                job.id,
+                fresh_until=fresh_until if job.is_new else 0.0,
+                answer_type=request.answer_type,
+                joined=caller is not None,
+            )
+            for request, job in zip(requests, jobs, strict=True)
         ]
+
+    async def _execute(self, statement: str, **values: Any) -> Sequence[Row[Any]]:
+        async def run(connection: AsyncConnection) -> Sequence[Row[Any]]:
+            return (await connection.exec_driver_sql(statement, values)).all()
+
+        return await self._query(run)
 
     async def _query(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, atomic: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,17 +24,25 @@ if TYPE_CHECKING:
 app = typer.Typer(pretty_exceptions_enable=False)
 
 #: More than any request may have: what is longer is refused, not read.
-_STDIN_BYTES = 40_000_000
+_PROMPT_BYTES = 40_000_000
 
 
 @app.command(epilog="Example: sluice submit draft 'Write a follow-up about the meeting.' --stream")
 def submit(
     use_case: Annotated[str, typer.Argument(help="Such as draft, summary or general.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - or nothing reads it from stdin.")
+    ] = None,
     *,
+    file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from a file.", show_default=False)
+    ] = None,
     account: Annotated[str | None, typer.Option(help="Name or id.")] = None,
     system: Annotated[str | None, typer.Option(help="Standing instructions.")] = None,
     model: Annotated[str | None, typer.Option(help="A model, instead of the best choice.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema that the answer is to fit.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.")] = None,
     lane: Annotated[Lane, typer.Option(help="Bulk is cheap and steady.")] = Lane.INTERACTIVE,
     deadline: Annotated[
@@ -42,6 +51,14 @@ def submit(
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key and request give the same job.")
     ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Kept with the job; may be given again."),
+    ] = None,
+    reply_to: Annotated[
+        str | None, typer.Option(help="A shared reply channel that gets the result too.")
+    ] = None,
+    request_id: Annotated[str | None, typer.Option(help="Your own id, kept with the job.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -55,9 +72,13 @@ def submit(
         "max_tokens": max_tokens,
         "deadline": deadline,
         "idempotency_key": idempotency_key,
+        "metadata": _metadata(metadata) if metadata else None,
+        "reply_to": reply_to,
+        "request_id": request_id,
+        "response_format": _schema(schema) if schema is not None else None,
     }
     options: Any = {name: value for name, value in given.items() if value is not None}
-    text = _stdin() if prompt == "-" else prompt
+    text = _prompt(prompt, file)
     with Sluice() as sluice:
         handle = sluice.submit(use_case, text, lane=lane, stream=stream, **options)
         try:
@@ -74,12 +95,50 @@ def submit(
             raise
 
 
-def _stdin() -> str:
-    data = sys.stdin.buffer.read(_STDIN_BYTES)
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """Take the prompt from where it is given: once."""
+    if file is not None:
+        if prompt is not None:
+            raise InvalidJob("prompt", "is given twice: as an argument and by --file")
+        return _read(file, "--file")
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise InvalidJob("prompt", "is missing: give it as an argument, by --file, or on stdin")
+    return _decode(sys.stdin.buffer.read(_PROMPT_BYTES), "prompt", "what stdin holds")
+
+
+def _metadata(pairs: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise InvalidJob("--metadata", f"must be KEY=VALUE, not {pair!r}")
+        found[key] = value
+    return found
+
+
+def _schema(file: Path) -> dict[str, object]:
+    try:
+        return {"json_schema": json.loads(_read(file, "--schema"))}
+    except ValueError as error:
+        raise InvalidJob("--schema", f"{file} is not JSON: {error}") from None
+
+
+def _read(file: Path, option: str) -> str:
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_PROMPT_BYTES)
+    except OSError as error:
+        raise InvalidJob(option, f"{file} cannot be read: {error.strerror}") from None
+    return _decode(data, option, str(file))
+
+
+def _decode(data: bytes, field: str, what: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise InvalidJob("prompt", "what stdin holds is not UTF-8 text") from None
+        raise InvalidJob(field, f"{what} is not UTF-8 text") from None
 
 
 def _print_stream(handle: JobHandle) -> None:

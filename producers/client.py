@@ -7,24 +7,46 @@ with Sluice() as sluice:
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from uuid import UUID
+from weakref import WeakSet
 
-from sqlalchemy import Connection
+from pydantic import BaseModel
+from sqlalchemy import Connection, Row
 from tenacity import Retrying
 
+from sluicegate.producers.batches import Batch, parse_batch_id
+from sluicegate.producers.bulk_rows import batch_form, batch_key, batch_rows, refuse
+from sluicegate.producers.bulk_storing import store_batch
+from sluicegate.producers.forking import opening, register
+from sluicegate.producers.joining import Caller, caller_of, join
+from sluicegate.producers.listing import (
+    ACCOUNT_QUERY,
+    JobFilters,
+    JobList,
+    JobSummary,
+    load_summary,
+)
 from sluicegate.producers.outcomes import (
     REPEAT,
     check_timeout,
+    expecting,
+    not_committed,
     result_of,
     timed_out,
 )
 from sluicegate.producers.publishing import publish_accepted
+from sluicegate.producers.reply_channels import BATCH, Channel, Replies
+from sluicegate.producers.steering import (
+    CANCEL,
+    FIND_ENDED,
+    RETRY,
+    read_cancelled,
+    reopening,
+)
 from sluicegate.producers.storing import (
     FIND,
     INSERT,
@@ -47,13 +69,14 @@ from sluicegate.producers.submission import (
     read_request,
     read_requests,
 )
+from sluicegate.producers.telling import note_untold, tell_channel, tell_worker
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
 from sluicegate.shared.catalogue import Catalogue, CatalogueCache, read
-from sluicegate.shared.celery_app import make_celery
+from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine
-from sluicegate.shared.errors import NotFound, SluiceError
+from sluicegate.shared.errors import NotFound, QueueUnavailable, SluiceError
 from sluicegate.shared.events import Event
-from sluicegate.shared.jobs import Result
+from sluicegate.shared.jobs import Result, State
 from sluicegate.shared.redis_client import make_redis
 from sluicegate.shared.replies import parse_event_id
 from sluicegate.shared.reply_reader import ReplyReader
@@ -72,11 +95,21 @@ def resolve_settings(settings: Settings | None, overrides: Mapping[str, object])
 class JobHandle:
     """A job that was accepted."""
 
-    def __init__(self, client: Sluice, job_id: UUID, *, fresh_until: float = 0.0) -> None:
+    def __init__(
+        self,
+        client: Sluice,
+        job_id: UUID,
+        *,
+        fresh_until: float = 0.0,
+        answer_type: type[BaseModel] | None = None,
+        joined: bool = False,
+    ) -> None:
         self.id = job_id
         self._client = client
         # A job that was submitted just now has not ended yet: its row need not be looked at.
         self._fresh_until = fresh_until
+        self._answer_type = answer_type
+        self._joined = joined
 
     def __repr__(self) -> str:
         return f"JobHandle({str(self.id)!r})"
@@ -85,10 +118,14 @@ class JobHandle:
         """Wait for the answer, at most `timeout` seconds.
 
         Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing;
-        `NotFound` if there is no such job.
+        `NotFound` if there is no such job, or the transaction it is in has not committed.
         """
         (event,) = self._events("0", check_timeout(timeout), terminal_only=True)
         return result_of(event)
+
+    def cancel(self) -> State:
+        """Cancel the job; see `Sluice.cancel`."""
+        return self._client.cancel(self.id)
 
     def events(self, last_id: str = "0", timeout: float | None = None) -> Iterator[Event]:
         """Iterate over the job's events after `last_id`, until the terminal one.
@@ -112,9 +149,13 @@ class JobHandle:
         )
         try:
             while (event := reader.next(subscription, deadline)) is not None:
-                yield event
+                yield expecting(event, self._answer_type)
         except TimeoutError:
             raise timed_out(self.id, timeout) from None
+        except NotFound:
+            if self._joined:
+                raise not_committed(self.id) from None
+            raise
         finally:
             reader.unsubscribe(subscription)
 
@@ -123,16 +164,22 @@ class _Lines:
     """The connections of one process. Each opens at first use."""
 
     def __init__(self, settings: Settings) -> None:
-        self.pid = os.getpid()
         self.engine = make_engine(settings, application_name="sluice producer")
         self.redis = make_redis(settings)
         self.app = make_celery(settings)
+        self.app.producer_pool  # noqa: B018 - made while no other thread can make another
         self.reader = ReplyReader(settings=settings, engine=self.engine, client=self.redis)
         self.catalogue = CatalogueCache(
             prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
         )
+        #: Readers of shared channels, which end with the client.
+        self.replies: WeakSet[Replies] = WeakSet()
 
     def close(self) -> None:
+        with opening:
+            replies = list(self.replies)
+        for one in replies:
+            one.close()
         self.reader.close()
         self.app.close()
         self.redis.close()
@@ -142,39 +189,92 @@ class _Lines:
 class Sluice:
     """Submits jobs and reads their results. Threads may share one; it connects at first use.
 
+    A process that is forked may go on with it: the child opens connections of its own.
+
     settings: those of the environment if not given. Keywords replace single settings, as in
     `Sluice(redis_prefix="crm:")`.
     """
 
     def __init__(self, settings: Settings | None = None, **overrides: Any) -> None:
         self.settings = resolve_settings(settings, overrides)
-        self._lock = threading.Lock()
         self._lines: _Lines | None = None
         self._closed = False
         self._accounts = AccountBook()
+        register(self)
 
-    def submit(self, use_case: str, prompt: Prompt, **options: Unpack[JobOptions]) -> JobHandle:
+    def submit(
+        self,
+        use_case: str,
+        prompt: Prompt,
+        *,
+        connection: object = None,
+        **options: Unpack[JobOptions],
+    ) -> JobHandle:
         """Accept one job; it is stored when this returns.
+
+        connection: stores it in this transaction of the caller's instead, and publishes it after
+        the commit. A SQLAlchemy `Session` or `Connection`, a psycopg `Connection` or Django's
+        `connection`, to the same database; its own errors are raised as they come.
 
         Raises `InvalidJob` that names the field which is refused, `IdempotencyConflict`, and
         `QueueUnavailable` if Postgres does not answer.
         """
+        caller = None if connection is None else caller_of(connection)
         request = read_request(use_case, prompt, options)
-        return self._submit([self._desk([request]).draft(request)])[0]
+        draft = self._desk([request]).draft(request)
+        return self._submit([request], [draft], caller)[0]
 
     def submit_many(
         self,
         use_case: str | None,
         jobs: Iterable[Prompt | Mapping[str, Any]],
+        *,
+        connection: object = None,
         **common: Unpack[JobOptions],
     ) -> list[JobHandle]:
-        """Accept many jobs, all or none; raises as `submit`.
+        """Accept many jobs, all or none; `connection` and errors as in `submit`.
 
         Each is a prompt, or a mapping with `prompt` and what it has other than the rest: any
         option of `submit`, `use_case` too.
         """
+        caller = None if connection is None else caller_of(connection)
         requests = read_requests(use_case, jobs, common)
-        return self._submit(self._desk(requests).draft_all(requests))
+        return self._submit(requests, self._desk(requests).draft_all(requests), caller)
+
+    def submit_batch(
+        self,
+        use_case: str,
+        rows: Iterable[Prompt | Mapping[str, Any]],
+        *,
+        name: str = "rows",
+        template: str | None = None,
+        **options: Unpack[JobOptions],
+    ) -> Batch:
+        """Accept any number of bulk jobs as one batch, all or none; raises as `submit`.
+
+        Each row is a prompt, or a mapping with `prompt` and options of its own; with a template, as
+        in "Summarise: {note}", a mapping of what fills it, the rest of which becomes metadata. They
+        are read once, as they are stored. `name` is shown in lists.
+
+        `idempotency_key` is the batch's here: where it has one already that is returned, and
+        nothing is stored. Rows with keys that have jobs already are left out, and counted.
+        """
+        form = batch_form(use_case, template, options)
+        key = batch_key(options)
+        stored = store_batch(
+            batch_rows(rows),
+            settings=self.settings,
+            catalogue=self._catalogue(),
+            form=form,
+            name=name,
+            rejects=refuse,
+            key=lambda: key,
+        )
+        return Batch(self._query, stored.batch_id, is_new=stored.is_new, repeated=stored.repeated)
+
+    def batch(self, batch_id: UUID | str) -> Batch:
+        """Return a batch that was accepted before, here or elsewhere."""
+        return Batch(self._query, parse_batch_id(batch_id))
 
     def get(self, job_id: UUID | str) -> JobView:
         """Look at a job; raises `NotFound`."""
@@ -186,14 +286,100 @@ class Sluice:
             raise NotFound(f"there is no job {wanted}")
         return load_job(rows[0])
 
-    def handle(self, job_id: UUID | str) -> JobHandle:
-        """Return a handle of a job that was accepted before, here or elsewhere."""
-        return JobHandle(self, parse_job_id(job_id))
+    def handle(
+        self, job_id: UUID | str, response_format: type[BaseModel] | None = None
+    ) -> JobHandle:
+        """Return a handle of a job that was accepted before, here or elsewhere.
+
+        response_format: the pydantic model that `result.parsed` is to be an instance of.
+        """
+        return JobHandle(self, parse_job_id(job_id), answer_type=response_format)
+
+    def cancel(self, job_id: UUID | str) -> State:
+        """Cancel a job; return its state.
+
+        `cancelled`: it will not run, or was cancelled before. `running`: its worker has been asked
+        to cut its call off, what that cost is estimated, and `result` tells how it ended. Any other
+        state: it is over. Raises `NotFound`.
+        """
+        wanted = parse_job_id(job_id)
+        rows = self._execute(CANCEL, job_ids=[wanted])
+        cancelled = read_cancelled(self.settings, wanted, rows)
+        lines = self._open()
+        try:
+            tell_channel(lines.redis, cancelled.commands)
+        except QueueUnavailable as error:
+            note_untold(error)
+        if cancelled.worker is not None:
+            tell_worker(lines.app, cancelled.worker, [wanted])
+        return cancelled.state
+
+    def retry(self, job_id: UUID | str) -> JobHandle:
+        """Try a failed, cancelled or expired job once more, with fresh attempts and deadline.
+
+        Raises `NotFound`, `IllegalTransition` for a job in another state, `InvalidJob` if nothing
+        serves it any more.
+        """
+        wanted = parse_job_id(job_id)
+        rows = self._execute(FIND_ENDED, job_id=wanted)
+        again = reopening(self.settings, self._catalogue(), wanted, rows)
+        lines = self._open()
+        tell_channel(lines.redis, again.commands(self.settings))
+        message = again.message(self._execute(RETRY, **again.parameters))
+        publish_accepted(lines.app, [message])
+        return JobHandle(self, wanted)
+
+    def list_jobs(self, **filters: Unpack[JobFilters]) -> list[JobSummary]:
+        """List jobs, newest first; raises `NotFound` for an account that is not there."""
+        jobs = JobList(filters)
+        accounts: Sequence[Row[Any]] = ()
+        if jobs.account is not None:
+            accounts = self._execute(ACCOUNT_QUERY, account=jobs.account)
+        statement, values = jobs.statement(accounts)
+        return [load_summary(row) for row in self._execute(statement, **values)]
+
+    def replies(
+        self,
+        channel: str,
+        group: str,
+        *,
+        consumer: str | None = None,
+        timeout: float | None = None,
+        redeliver_after_s: float = 60.0,
+        batch: int = BATCH,
+    ) -> Replies:
+        """Read a shared reply channel, that of jobs with this `reply_to`, as one of a group.
+
+        Each group gets every result, and shares them among its consumers; one that was not
+        acknowledged comes again. The group begins with the oldest result that is kept.
+
+        consumer: its name in the group; who comes back under the same name first gets again what
+        it had not acknowledged. None: a new name. timeout: end after so many seconds without a
+        reply; None: never. redeliver_after_s: who holds a reply for longer without an ack may lose
+        it to another consumer. batch: replies that are fetched at once. Raises `InvalidJob`.
+        """
+        replies = Replies(
+            Channel(
+                settings=self.settings,
+                channel=channel,
+                group=group,
+                consumer=consumer,
+                redeliver_after_s=redeliver_after_s,
+                batch=batch,
+            ),
+            settings=self.settings,
+            client=lambda: self._open().redis,
+            timeout=check_timeout(timeout),
+        )
+        lines = self._open()
+        with opening:
+            lines.replies.add(replies)
+        return replies
 
     def close(self) -> None:
         """Close all connections; whoever still waits for a result gets a `SluiceError`."""
-        with self._lock:
-            lines, self._lines = self._lines, None
+        with opening:
+            lines = self.forget_lines()
             self._closed = True
         if lines is not None:
             lines.close()
@@ -214,12 +400,19 @@ class Sluice:
         """What reads the reply channels, for handles."""
         return self._open().reader
 
+    def forget_lines(self) -> _Lines | None:
+        """Let go of what is open, as a forked process does; see `forking`."""
+        lines, self._lines = self._lines, None
+        return lines
+
     def _open(self) -> _Lines:
-        with self._lock:
+        lines = self._lines
+        if lines is not None:
+            return lines
+        with opening:
             if self._closed:
                 raise SluiceError("this client is closed; make a new one")
-            # After a fork the sockets belong to the parent: leave them alone, open others.
-            if self._lines is None or self._lines.pid != os.getpid():
+            if self._lines is None:
                 self._lines = _Lines(self.settings)
             return self._lines
 
@@ -239,16 +432,36 @@ class Sluice:
         lines = self._open()
         return lines.catalogue.get(lambda: self._query(read), lines.redis)
 
-    def _submit(self, drafts: Sequence[Draft]) -> list[JobHandle]:
-        # One statement is all or nothing by itself.
-        jobs = self._query(lambda connection: _store(connection, drafts), atomic=len(drafts) > 1)
-        messages = [job.message for job in jobs if job.message is not None]
-        if messages:
-            publish_accepted(self._open().app, messages)
-        fresh_until = time.monotonic() + self.settings.reply_recheck_s
+    def _submit(
+        self, requests: Sequence[Request], drafts: Sequence[Draft], caller: Caller | None
+    ) -> list[JobHandle]:
+        if caller is not None:
+            jobs = join(caller, drafts, self.settings, self._publish)
+            fresh_until = 0.0
+        else:
+            # One statement is all or nothing by itself.
+            atomic = len(drafts) > 1
+            jobs = self._query(lambda connection: _store(connection, drafts), atomic=atomic)
+            messages = [job.message for job in jobs if job.message is not None]
+            if messages:
+                self._publish(messages)
+            fresh_until = time.monotonic() + self.settings.reply_recheck_s
         return [
-            JobHandle(self, job.id, fresh_until=fresh_until if job.is_new else 0.0) for job in jobs
+            JobHandle(
+                self,
+                job.id,
+                fresh_until=fresh_until if job.is_new else 0.0,
+                answer_type=request.answer_type,
+                joined=caller is not None,
+            )
+            for request, job in zip(requests, jobs, strict=True)
         ]
+
+    def _publish(self, messages: Sequence[JobMessage]) -> None:
+        publish_accepted(self._open().app, messages)
+
+    def _execute(self, statement: str, **values: Any) -> Sequence[Row[Any]]:
+        return self._query(lambda connection: connection.exec_driver_sql(statement, values).all())
 
     def _query(self, work: Callable[[Connection], T], *, atomic: bool = False) -> T:
         """Do work that may be repeated, through a restart of Postgres that is soon over."""

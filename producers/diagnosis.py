@@ -215,7 +215,7 @@ def judge_catalogue(catalogue: Catalogue, settings: Settings, now: datetime) -> 
     """Find models that retire soon, use cases without a provider, and models without a price."""
     found = []
     used: set[str] = set()
-    for name in sorted(catalogue.use_cases):
+    for name in sorted(one.name for one in catalogue.use_cases.values() if one.is_active):
         try:
             rows = route(
                 Needs(

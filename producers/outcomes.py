@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+from pydantic import BaseModel
 from tenacity import retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from sluicegate.shared.database import is_conflict, is_disconnect
@@ -14,6 +15,7 @@ from sluicegate.shared.errors import (
     JobEnded,
     JobExpired,
     JobFailed,
+    NotFound,
     ResultTimeout,
 )
 from sluicegate.shared.events import Completed, Event, Failed
@@ -43,6 +45,23 @@ def result_of(event: Event) -> Result:
         return result
     message = result.error.message if result.error is not None else None
     raise kind(message, job_id=str(result.job_id), state=result.state.value)
+
+
+def expecting(event: Event, model: type[BaseModel] | None) -> Event:
+    """Return the event; if it is the terminal one, with a result that is read as `model`."""
+    payload = event.payload
+    if model is None or not isinstance(payload, Completed | Failed):
+        return event
+    result = payload.result.expecting(model)
+    return Event(event.id, payload.model_copy(update={"result": result}))
+
+
+def not_committed(job_id: object) -> NotFound:
+    """Build the error of a job that was submitted inside a transaction and is not there."""
+    return NotFound(
+        f"there is no job {job_id}: the transaction that it was submitted in has not committed, "
+        "or was rolled back"
+    )
 
 
 def check_timeout(timeout: object) -> float | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+import orjson
 from sqlalchemy import Row
 
 from sluicegate.producers.submission import Draft
@@ -34,9 +36,31 @@ class Accepted:
     message: JobMessage | None = None
 
 
+class Stored(NamedTuple):
+    """A row of `INSERT` or `FIND` that came as JSON."""
+
+    id: UUID
+    published_at: datetime | None
+    draft_id: UUID | None = None
+    state: str = ""
+    request_hash: bytes = b""
+
+
+class Joining(NamedTuple):
+    """Statements for a caller's connection, which looks for tables where the caller does.
+
+    Each row is one text of JSON, for `load_stored`: how values are read there is the caller's too.
+    """
+
+    insert: str
+    find: str
+    #: Takes back what was stored, for all or none.
+    take_back: str
+
+
 # Idempotent: repeated with the same ids it stores nothing, and RETURNING leaves out what was
 # there before, be it by id or by idempotency key.
-INSERT: Final = f"""
+_INSERT: Final = """
 WITH given AS (
     SELECT * FROM unnest(
         %(id)s::uuid[], %(account_id)s::uuid[], %(use_case)s::text[], %(lane)s::text[],
@@ -46,7 +70,7 @@ WITH given AS (
     ) AS g(id, account_id, use_case, lane, queue, state, max_attempts, deadline_s,
            idempotency_key, request_hash, request, submitted_by, request_id, reply_to)
 ), stored AS (
-    INSERT INTO jobs (
+    INSERT INTO {schema}jobs (
         id, account_id, use_case, lane, queue, state, max_attempts, deadline_at, published_at,
         idempotency_key, request_hash, submitted_by, submitted_from, request_id, reply_to)
     SELECT id, account_id, use_case, lane, queue, state, max_attempts,
@@ -56,23 +80,67 @@ WITH given AS (
     ON CONFLICT DO NOTHING
     RETURNING id, state, published_at
 ), bodies AS (
-    INSERT INTO job_bodies (job_id, request)
+    INSERT INTO {schema}job_bodies (job_id, request)
     SELECT given.id, given.request::json FROM given JOIN stored USING (id)
 )
-SELECT id, published_at, CASE WHEN state = 'parked' THEN pg_notify('{STAGE_CHANNEL}', '')::text END
+SELECT {row}, CASE WHEN state = 'parked' THEN pg_notify('{channel}', '')::text END
 FROM stored
 """
 
-#: What stands where an insert stored nothing: the job itself, or another with its key.
-FIND: Final = """
+_FIND: Final = """
 SELECT given.id AS draft_id, j.id, j.state, j.published_at, j.request_hash
-FROM unnest(%(id)s::uuid[]) AS given(id) JOIN jobs j USING (id)
+FROM unnest(%(id)s::uuid[]) AS given(id) JOIN {schema}jobs j USING (id)
 UNION
 SELECT given.id, j.id, j.state, j.published_at, j.request_hash
 FROM unnest(%(id)s::uuid[], %(account_id)s::uuid[], %(idempotency_key)s::text[])
      AS given(id, account_id, idempotency_key)
-JOIN jobs j USING (account_id, idempotency_key)
+JOIN {schema}jobs j USING (account_id, idempotency_key)
 """
+
+_TAKE_BACK: Final = """
+DELETE FROM {schema}jobs
+WHERE id = ANY(%(id)s::uuid[]) AND state IN ('queued', 'parked')
+RETURNING id::text
+"""
+
+INSERT: Final = _INSERT.format(schema="", row="id, published_at", channel=STAGE_CHANNEL)
+
+#: What stands where an insert stored nothing: the job itself, or another with its key.
+FIND: Final = _FIND.format(schema="")
+
+
+@cache
+def joining(schema: str) -> Joining:
+    """Return the statements for a connection of the caller's; our tables are in `schema`."""
+    prefix = f'"{schema}".'
+    row = "json_build_object('id', id, 'published_at', published_at)::text"
+    find = _FIND.format(schema=prefix)
+    return Joining(
+        insert=_INSERT.format(schema=prefix, row=row, channel=STAGE_CHANNEL),
+        find=f"""
+SELECT json_build_object(
+    'id', id, 'published_at', published_at, 'draft_id', draft_id, 'state', state,
+    'request_hash', encode(request_hash, 'hex'))::text
+FROM ({find}) AS found""",
+        take_back=_TAKE_BACK.format(schema=prefix),
+    )
+
+
+def load_stored(texts: Iterable[str]) -> list[Stored]:
+    """Read the rows of a `Joining` statement."""
+    return [_load(orjson.loads(text)) for text in texts]
+
+
+def _load(row: dict[str, Any]) -> Stored:
+    at = row["published_at"]
+    return Stored(
+        id=UUID(row["id"]),
+        published_at=datetime.fromisoformat(at).astimezone(UTC) if at else None,
+        draft_id=UUID(row["draft_id"]) if "draft_id" in row else None,
+        state=row.get("state", ""),
+        request_hash=bytes.fromhex(row.get("request_hash", "")),
+    )
+
 
 _COLUMNS = tuple(field.name for field in fields(Draft))
 
@@ -100,14 +168,16 @@ def parameters(drafts: Sequence[Draft]) -> dict[str, Any]:
     return {**columns, "submitted_from": _host()}
 
 
-def missing(drafts: Sequence[Draft], stored: Iterable[Row[Any]]) -> list[Draft]:
+def missing(drafts: Sequence[Draft], stored: Iterable[Row[Any] | Stored]) -> list[Draft]:
     """Return the drafts for which `INSERT` found something in their place."""
     ids = {row.id for row in stored}
     return [draft for draft in drafts if draft.id not in ids]
 
 
 def accept(
-    drafts: Sequence[Draft], stored: Iterable[Row[Any]], found: Iterable[Row[Any]]
+    drafts: Sequence[Draft],
+    stored: Iterable[Row[Any] | Stored],
+    found: Iterable[Row[Any] | Stored],
 ) -> list[Accepted]:
     """Tell for each draft which job it is; raise `IdempotencyConflict` where that is another's.
 

@@ -17,10 +17,11 @@ from functools import cache
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypedDict
 from uuid import UUID
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from sqlalchemy import Row
 
 from sluicegate.shared.accounts import DEFAULT_ACCOUNT
+from sluicegate.shared.answers import answer_type_of, response_format_of
 from sluicegate.shared.catalogue import Catalogue
 from sluicegate.shared.errors import IdempotencyConflict, InvalidJob
 from sluicegate.shared.events import ChannelName
@@ -46,8 +47,9 @@ class JobOptions(TypedDict, total=False):
     """What `submit` takes beside use case and prompt.
 
     system: standing instructions. max_tokens: longest answer. stream: send deltas as they come.
-    model: a catalogue name or model id instead of routing's choice. tools, tool_choice,
-    response_format, effort: as the models understand them. metadata: up to 32 strings, kept.
+    model: a catalogue name or model id instead of routing's choice. tools, tool_choice, effort: as
+    the models understand them. response_format: a pydantic model, which `result.parsed` is then an
+    instance of, or a JSON schema. metadata: up to 32 strings, kept.
 
     account: name or id. lane: `interactive` or `bulk`. deadline: in seconds, as a `timedelta`, or
     the moment itself; after it the job is expired. max_attempts: paid calls at most.
@@ -62,7 +64,7 @@ class JobOptions(TypedDict, total=False):
     model: str | None
     tools: Sequence[Tool | Mapping[str, Any]]
     tool_choice: str
-    response_format: ResponseFormat | Mapping[str, Any] | None
+    response_format: type[BaseModel] | ResponseFormat | Mapping[str, Any] | None
     effort: Literal["low", "medium", "high"] | None
     metadata: Mapping[str, str]
     account: str | UUID
@@ -133,6 +135,8 @@ class Request(NamedTuple):
     prompt: object
     fields: dict[str, Any]
     terms: _Terms
+    #: The model that its answer is to be read as.
+    answer_type: type[BaseModel] | None = None
 
 
 def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -> Request:
@@ -152,7 +156,11 @@ def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise InvalidJob(str(first["loc"][0]), _sentence(first["type"], first["msg"])) from None
-    return Request(use_case, prompt, {n: options[n] for n in _FIELDS & options.keys()}, terms)
+    fields = {name: options[name] for name in _FIELDS & options.keys()}
+    answer_type = answer_type_of(fields.get("response_format"))
+    if answer_type is not None:
+        fields["response_format"] = response_format_of(answer_type)
+    return Request(use_case, prompt, fields, terms, answer_type)
 
 
 def _seconds_left(deadline: object) -> object:
@@ -259,6 +267,10 @@ class Desk:
         account_id = self._accounts.get(terms.account)
         if account_id is None:
             raise InvalidJob("account", f"there is no active account {terms.account!r}")
+        use_case = self._catalogue.use_cases.get(spec.use_case)
+        if use_case is not None and not use_case.is_active:
+            known = self._catalogue.open_use_cases
+            raise InvalidJob("use_case", f"{use_case.name!r} is disabled; there are {known}")
         candidates = route(
             needs_of(spec),
             self._catalogue,

@@ -59,6 +59,15 @@ class JobView(Frozen):
     request_id: str | None
     submitted_by: str | None
     submitted_from: str | None
+    #: The shared channel that its result goes to.
+    reply_to: str | None
+    #: The batch it came with, and its line there, from 1.
+    batch_id: UUID | None
+    batch_line: int | None
+    #: Since when a running job is to be cancelled.
+    cancel_requested_at: datetime | None
+    #: As it was given at the submit.
+    metadata: dict[str, str]
     history: tuple[AttemptView, ...]
     #: None until the job has ended.
     result: Result | None
@@ -74,7 +83,8 @@ JOB_QUERY: Final = """
 SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS account,
        j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd, j.created_at, j.run_at,
        j.deadline_at, j.finished_at, j.idempotency_key, j.request_id, j.submitted_by,
-       j.submitted_from, r.body,
+       j.submitted_from, j.reply_to, j.batch_id, j.batch_line, j.cancel_requested_at, r.body,
+       coalesce(b.request->'metadata', '{}'::json) AS metadata,
        (SELECT coalesce(json_agg(one), '[]'::json) FROM (
            SELECT t.number, t.provider, t.model, t.state, t.error_class, t.error_message,
                   t.status, t.request_id, t.dispatched_at, t.ended_at, t.first_token_ms,
@@ -86,7 +96,8 @@ SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS acc
                   AS cost_nano_usd
            FROM attempts t WHERE t.job_id = j.id ORDER BY t.fence, t.number
        ) AS one) AS history
-FROM jobs j JOIN accounts a ON a.id = j.account_id LEFT JOIN results r ON r.job_id = j.id
+FROM jobs j JOIN accounts a ON a.id = j.account_id JOIN job_bodies b ON b.job_id = j.id
+LEFT JOIN results r ON r.job_id = j.id
 WHERE j.id = %(job_id)s
 """
 

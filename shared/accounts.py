@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from sluicegate.shared.errors import InvalidJob
+from sluicegate.shared.errors import InvalidJob, NotFound
 from sluicegate.shared.ids import new_id
-from sluicegate.shared.tables import accounts
+from sluicegate.shared.tables import (
+    accounts,
+    cost_entries,
+    jobs,
+    llm_providers,
+    provider_keys,
+)
 
 #: Exists in every database, so that a first job needs no preparation.
 DEFAULT_ACCOUNT = "default"
@@ -28,6 +36,20 @@ class Account:
     name: str
     time_zone: str
     is_active: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What there is of an account."""
+
+    jobs: Mapping[str, int]
+    #: Since the month began in the account's time zone, and in all.
+    cost_month_nano_usd: int
+    cost_nano_usd: int
+    #: Names of its own provider rows.
+    providers: tuple[str, ...]
+    #: Pools for which it has a key of its own.
+    keys: tuple[str, ...]
 
 
 def check_name(name: object) -> str:
@@ -74,3 +96,97 @@ def list_accounts(connection: Connection) -> list[Account]:
         )
     )
     return [Account(**row._mapping) for row in rows]
+
+
+def find_account(connection: Connection, account: str) -> Account:
+    """Return an account by name or id, active or not; raise `NotFound`."""
+    columns = accounts.c
+    is_it = columns.name == account
+    with suppress(ValueError):
+        is_it = or_(is_it, columns.id == UUID(account))
+    # A name in the shape of an id comes first, as it does for jobs.
+    found = connection.execute(
+        select(columns.id, columns.name, columns.time_zone, columns.is_active)
+        .where(is_it)
+        .order_by((columns.name == account).desc())
+    ).first()
+    if found is None:
+        raise NotFound(f"there is no account {account!r}")
+    return Account(**found._mapping)
+
+
+def account_id_of(connection: Connection, account: str | None) -> UUID | None:
+    """Return the id of an account by name or id; None stays None. Raises `InvalidJob`."""
+    try:
+        return None if account is None else find_account(connection, account).id
+    except NotFound as error:
+        raise InvalidJob("account", str(error)) from None
+
+
+def set_account(
+    connection: Connection,
+    account: str,
+    *,
+    name: str | None = None,
+    time_zone: str | None = None,
+    is_active: bool | None = None,
+) -> Account:
+    """Change what is given of an account; raise `NotFound`, or `InvalidJob` that names the field.
+
+    An account that is not active keeps its jobs and gets no new ones.
+    """
+    found = find_account(connection, account)
+    values: dict[str, object] = {"id": found.id}
+    if name is not None and name != found.name:
+        if found.name == DEFAULT_ACCOUNT:
+            raise InvalidJob("account", "the default account keeps its name: jobs rely on it")
+        taken = connection.scalar(select(accounts.c.id).where(accounts.c.name == check_name(name)))
+        if taken is not None:
+            raise InvalidJob("account", f"{name!r} exists already")
+        values["name"] = name
+    if time_zone is not None:
+        values["time_zone"] = check_time_zone(time_zone)
+    if is_active is not None:
+        values["is_active"] = is_active
+    columns = accounts.c
+    row = connection.execute(
+        update(accounts)
+        .where(columns.id == found.id)
+        .values(**values)
+        .returning(columns.id, columns.name, columns.time_zone, columns.is_active)
+    ).one()
+    return Account(**row._mapping)
+
+
+def figures(connection: Connection, account: Account) -> Figures:
+    """Count an account's jobs and money; for a command, as it reads all of them."""
+    counts = connection.execute(
+        select(jobs.c.state, func.count().label("n"))
+        .where(jobs.c.account_id == account.id)
+        .group_by(jobs.c.state)
+        .order_by(jobs.c.state)
+    )
+    local_now = func.timezone(account.time_zone, func.now())
+    month = func.timezone(account.time_zone, func.date_trunc("month", local_now))
+    amount = func.sum(cost_entries.c.amount_nano_usd)
+    this_month = amount.filter(cost_entries.c.created_at >= month)
+    cost, cost_month = connection.execute(
+        select(func.coalesce(amount, 0), func.coalesce(this_month, 0)).where(
+            cost_entries.c.account_id == account.id
+        )
+    ).one()
+    rows = llm_providers.c
+    names = connection.scalars(
+        select(rows.name).where(rows.account_id == account.id).order_by(rows.name)
+    )
+    keys = provider_keys.c
+    pools = connection.scalars(
+        select(keys.provider).where(keys.account_id == account.id).order_by(keys.provider)
+    )
+    return Figures(
+        jobs={row.state: row.n for row in counts},
+        cost_month_nano_usd=int(cost_month),
+        cost_nano_usd=int(cost),
+        providers=tuple(names),
+        keys=tuple(pools),
+    )

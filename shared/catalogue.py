@@ -20,7 +20,9 @@ from sqlalchemy import Connection, Row, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.shared.pricing import PriceCard, price_card
-from sluicegate.shared.tables import llm_providers, use_cases
+from sluicegate.shared.redis_client import make_redis
+from sluicegate.shared.settings import Settings
+from sluicegate.shared.tables import llm_providers, provider_keys, use_cases
 
 #: Holds a token that changes with the catalogue; absent after a flush, which reads as a change.
 VERSION_KEY: Final = "catalogue:version"
@@ -59,6 +61,8 @@ class Provider:
     retires_at: datetime | None
     successor: str | None
     price_override: Mapping[str, float] | None = field(hash=False)
+    #: The row's own key, encrypted.
+    api_key_encrypted: str | None = field(default=None, repr=False)
 
     @property
     def card(self) -> PriceCard:
@@ -76,14 +80,23 @@ class UseCase:
     #: Longest answer when the job names none.
     max_tokens: int
     unknown_policy: Literal["retry_once", "fail"]
+    #: Whether new jobs are accepted; those that wait are done in any case.
+    is_active: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """One reading of all active rows."""
+    """One reading of the active provider rows and of all use cases."""
 
     providers: tuple[Provider, ...]
     use_cases: Mapping[str, UseCase]
+    #: Encrypted keys for the providers' own APIs, by pool and account; None: every account's.
+    keys: Mapping[tuple[PoolName, UUID | None], str] = field(default_factory=dict, repr=False)
+
+    @property
+    def open_use_cases(self) -> str:
+        """The names of those that take jobs, for a sentence."""
+        return ", ".join(sorted(name for name, one in self.use_cases.items() if one.is_active))
 
 
 PROVIDERS = select(
@@ -107,6 +120,7 @@ PROVIDERS = select(
             "retires_at",
             "successor",
             "price_override",
+            "api_key_encrypted",
         )
     )
 ).where(llm_providers.c.is_active)
@@ -117,11 +131,22 @@ USE_CASES = select(
     use_cases.c.prefer,
     use_cases.c.max_tokens,
     use_cases.c.unknown_policy,
-).where(use_cases.c.is_active)
+    use_cases.c.is_active,
+)
+
+KEYS = select(
+    provider_keys.c.provider, provider_keys.c.account_id, provider_keys.c.api_key_encrypted
+)
+
+_QUERIES: Final = (PROVIDERS, USE_CASES, KEYS)
 
 
-def build(provider_rows: Iterable[Row[Any]], use_case_rows: Iterable[Row[Any]]) -> Catalogue:
-    """Make a catalogue of rows as `PROVIDERS` and `USE_CASES` select them."""
+def build(
+    provider_rows: Iterable[Row[Any]],
+    use_case_rows: Iterable[Row[Any]],
+    key_rows: Iterable[Row[Any]],
+) -> Catalogue:
+    """Make a catalogue of rows as `PROVIDERS`, `USE_CASES` and `KEYS` select them."""
     providers = []
     for row in provider_rows:
         values = dict(row._mapping)
@@ -131,17 +156,30 @@ def build(provider_rows: Iterable[Row[Any]], use_case_rows: Iterable[Row[Any]]) 
     return Catalogue(
         tuple(providers),
         {row.name: UseCase(**row._mapping) for row in use_case_rows},
+        {(row.provider, row.account_id): row.api_key_encrypted for row in key_rows},
     )
 
 
 def read(connection: Connection) -> Catalogue:
     """Read the catalogue now."""
-    return build(connection.execute(PROVIDERS), connection.execute(USE_CASES))
+    return build(*(connection.execute(query) for query in _QUERIES))
 
 
 def invalidate(client: redis.Redis, prefix: str) -> None:
     """Tell every process that the catalogue has changed; call it after the commit."""
     client.set(prefix + VERSION_KEY, uuid4().hex)
+
+
+def announce(settings: Settings) -> bool:
+    """Do as `invalidate`, for a process without a client; return whether Redis has it."""
+    client = make_redis(settings)
+    try:
+        invalidate(client, settings.redis_prefix)
+    except redis.RedisError:
+        return False
+    finally:
+        client.close()
+    return True
 
 
 class _Cached:
@@ -215,6 +253,5 @@ class AsyncCatalogueCache(_Cached):
             return valid
         async with engine.connect() as connection:
             return self._keep(
-                build(await connection.execute(PROVIDERS), await connection.execute(USE_CASES)),
-                token,
+                build(*[await connection.execute(query) for query in _QUERIES]), token
             )

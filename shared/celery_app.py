@@ -10,7 +10,9 @@ from uuid import UUID
 
 import redis
 from celery import Celery
+from celery.app.amqp import AMQP
 from kombu.exceptions import KombuError
+from kombu.pools import ProducerPool
 
 from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.ids import new_id
@@ -20,6 +22,9 @@ from sluicegate.shared.settings import Settings
 
 #: The one task there is: it carries job ids and nothing else.
 RUN_JOBS = "sluicegate.run_jobs"
+
+#: The remote control command by which a worker hears at once of jobs to be cancelled.
+CANCEL_JOBS = "sluice_cancel"
 
 #: Header of a message: the row's `published_at`, so that the sweep can tell a backlog's age.
 PUBLISHED_AT = "published_at"
@@ -51,12 +56,47 @@ class JobMessage:
         return str(first) if count == 1 else f"{count} jobs from {first}"
 
 
+class _Amqp(AMQP):
+    _producer_pool: ProducerPool | None = None
+
+    @property
+    def producer_pool(self) -> ProducerPool:
+        if self._producer_pool is None:
+            pool: Any = self.app.pool
+            self._producer_pool = ProducerPool(pool, limit=pool.limit)
+        return self._producer_pool
+
+
+class _App(Celery):
+    """Celery with a broker pool of its own.
+
+    Celery's is one for the whole process: a back end's app would get our limit, and a forked
+    child would find the parent's sockets in it.
+    """
+
+    amqp_cls = f"{__name__}:_Amqp"
+    _pool: Any = None
+
+    @property
+    def pool(self) -> Any:
+        if self._pool is None:
+            self._pool = self.connection_for_write().Pool(limit=self.conf.broker_pool_limit)
+        return self._pool
+
+    def close(self) -> None:
+        """Close the connections to the broker too."""
+        pool = self._pool
+        super().close()
+        if pool is not None:
+            pool.force_close_all()
+
+
 def make_celery(settings: Settings, **overrides: Any) -> Celery:
     """Build the app; `overrides` are Celery settings, for tests.
 
     It is not set as the current app: a back end's own Celery stays what it was.
     """
-    app = Celery("sluicegate", set_as_current=False, broker=settings.redis_dsn)
+    app = _App("sluicegate", set_as_current=False, broker=settings.redis_dsn)
     names = [
         queue_name(use_case, pool, lane)
         for use_case in USE_CASES

@@ -14,6 +14,25 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def catalogue_change() -> Iterator[Connection]:
+    """Connect to change the catalogue, all or nothing, and tell running processes that it has."""
+    from sluicegate.shared.catalogue import announce
+    from sluicegate.shared.settings import get_settings
+    from sluicegate.shared.terminal import note
+
+    settings = get_settings()
+    with connection() as line:
+        line.execution_options(isolation_level="READ COMMITTED")
+        with line.begin():
+            yield line
+    if not announce(settings):
+        note(
+            "Redis did not answer, so running processes see the change within "
+            f"{settings.catalogue_ttl_s:g} s (SLUICE_CATALOGUE_TTL_S)"
+        )
+
+
+@contextmanager
 def connection() -> Iterator[Connection]:
     """Connect, in autocommit; what Postgres refuses is a `SluiceError` of one sentence."""
     from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine

@@ -67,7 +67,8 @@ def _options(settings: Settings, application_name: str, pool_size: int | None) -
     return {
         "pool_size": pool_size or settings.database_pool_size,
         "max_overflow": 0,
-        "pool_timeout": settings.connect_timeout_s,
+        # A burst waits for a connection as long as for an answer: whoever has one gives it back.
+        "pool_timeout": settings.command_timeout_s,
         # Statements are whole transactions: no BEGIN, no COMMIT, one round trip each. Where
         # several belong together the caller opens a transaction of its own.
         "isolation_level": "AUTOCOMMIT",

@@ -49,6 +49,14 @@ class ResultTimeout(SluiceError, TimeoutError):
     """The job did not end in time; it goes on, and its result can still be read."""
 
 
+class InvalidAnswer(SluiceError):
+    """The job succeeded, but its text is not of the shape that was asked for."""
+
+    def __init__(self, message: str | None = None, *, job_id: str = "") -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
 class JobEnded(SluiceError):
     """The job ended without a result."""
 

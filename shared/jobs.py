@@ -6,13 +6,22 @@ import hashlib
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self, TypeVar
 from uuid import UUID
 
 import orjson
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticSerializationError
 
+from sluicegate.shared.answers import read_answer, read_json
 from sluicegate.shared.errors import ErrorClass, IllegalTransition, InvalidJob
 from sluicegate.shared.messages import (
     MAX_ATTACHMENT_BYTES,
@@ -26,6 +35,8 @@ from sluicegate.shared.messages import (
     ToolCallPart,
     Usage,
 )
+
+Answer = TypeVar("Answer", bound=BaseModel)
 
 UseCaseName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 IdempotencyKey = Annotated[str, StringConstraints(min_length=1, max_length=255)]
@@ -135,9 +146,8 @@ class JobSpec(Frozen):
         """
         given = {
             name
-            for name, field in type(self).model_fields.items()
-            if name == "version"
-            or getattr(self, name) != field.get_default(call_default_factory=True)
+            for name, default in _defaults().items()
+            if name == "version" or getattr(self, name) != default
         }
         return orjson.dumps(
             self.model_dump(mode="json", include=given, exclude_none=True),
@@ -148,6 +158,14 @@ class JobSpec(Frozen):
     def digest(dumped: bytes) -> bytes:
         """Hash that tells whether two requests are the same (SHA-256, 32 bytes)."""
         return hashlib.sha256(dumped).digest()
+
+
+@cache
+def _defaults() -> dict[str, object]:
+    return {
+        name: field.get_default(call_default_factory=True)
+        for name, field in JobSpec.model_fields.items()
+    }
 
 
 def build_spec(
@@ -229,6 +247,31 @@ class Result(Frozen):
     error: JobError | None = None
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    _answer_type: type[BaseModel] | None = PrivateAttr(None)
+
+    @property
+    def parsed(self) -> Any:
+        """The answer as the model that was given as `response_format`, or as plain JSON data.
+
+        Raises `InvalidAnswer` if the text does not fit; with a schema that is rare.
+        """
+        if self._answer_type is not None:
+            return self.parse_as(self._answer_type)
+        return read_json(self.text, job_id=self.job_id, cut=self._cut)
+
+    def parse_as(self, model: type[Answer]) -> Answer:
+        """Read the answer as this pydantic model; raise `InvalidAnswer`."""
+        return read_answer(self.text, model, job_id=self.job_id, cut=self._cut)
+
+    def expecting(self, model: type[BaseModel] | None) -> Self:
+        """Return this result with `parsed` an instance of `model`."""
+        copy = self.model_copy()
+        copy._answer_type = model  # noqa: SLF001 - a copy of this one
+        return copy
+
+    @property
+    def _cut(self) -> bool:
+        return self.finish_reason == "length"
 
     @property
     def cost(self) -> Decimal:

@@ -17,6 +17,7 @@ from typing import Final
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
@@ -46,8 +47,20 @@ def upgrade(settings: Settings, revision: str = "head") -> None:
     Several processes may do this at once: one does it, the others wait for it. Threads of one
     process may not, because Alembic keeps the running migration in module globals.
     """
+    config = _config(settings)
     with _sentences(settings):
-        command.upgrade(_config(settings), revision)
+        _check_known(current(settings), ScriptDirectory.from_config(config))
+        command.upgrade(config, revision)
+
+
+def _check_known(found: str | None, scripts: ScriptDirectory) -> None:
+    """Raise `MigrationError` where a newer version of ours has been at the database."""
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        raise MigrationError(
+            f"the database is at revision {found}, which this version of Sluicegate does not know "
+            f"(its own is {scripts.get_current_head()}); install the newer version, or set "
+            "SLUICE_DATABASE_URL to another database"
+        )
 
 
 def downgrade(settings: Settings, revision: str) -> None:

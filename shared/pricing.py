@@ -168,6 +168,15 @@ def _rates_above(listed: Mapping[str, Decimal | TieredPrices | None], start: int
     return Rates(**picos)
 
 
+def context_window(provider: str, model: str) -> int | None:
+    """Return how many tokens the price list says that a model takes; None: it does not say."""
+    try:
+        usage = genai_prices.Usage(input_tokens=1)
+        return genai_prices.calc_price(usage, model, provider_id=provider).model.context_window
+    except LookupError:
+        return None
+
+
 @lru_cache(maxsize=64)
 def baseline_provider(model: str) -> str:
     """Return whose price list names the baseline model; raise `UnknownPrice` if none does."""

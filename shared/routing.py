@@ -81,8 +81,9 @@ def route(
     """
     use_case = catalogue.use_cases.get(needs.use_case)
     if use_case is None:
-        known = ", ".join(sorted(catalogue.use_cases))
-        raise InvalidJob("use_case", f"{needs.use_case!r} is not known; there are {known}")
+        raise InvalidJob(
+            "use_case", f"{needs.use_case!r} is not known; there are {catalogue.open_use_cases}"
+        )
     rows = _in_reach(catalogue.providers, account_id, mode, now)
     rows = _serving(rows, needs)
     rows = _able(rows, needs)

@@ -6,10 +6,11 @@ from functools import cache
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sluicegate.shared.errors import SettingsError
+from sluicegate.shared.secrets import Secret
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -42,15 +43,16 @@ class Settings(BaseSettings):
         extra="ignore",
         frozen=True,
         populate_by_name=True,
+        hide_input_in_errors=True,
     )
 
     # Where the truth lives
     #: PostgreSQL, as a SQLAlchemy URL; `postgres://` and `postgresql://` are taken too.
-    database_url: SecretStr = SecretStr("postgresql+psycopg://sluice@127.0.0.1:5432/sluice")
+    database_url: Secret = Secret("postgresql+psycopg://sluice@127.0.0.1:5432/sluice")
     #: The Postgres schema that holds all our tables, apart from those of a back end beside us.
     database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = "sluicegate"
     #: Redis or Valkey: broker, reply channels and journal.
-    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    redis_url: Secret = Secret("redis://127.0.0.1:6379/0")
     #: In front of every key and queue in Redis.
     redis_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{0,64}$")] = "sluice:"
     #: Connections to Postgres a process may hold.
@@ -63,9 +65,9 @@ class Settings(BaseSettings):
     command_timeout_s: Seconds = 15
 
     # Providers
-    openai_api_key: SecretStr | None = Field(default=None, validation_alias="OPENAI_API_KEY")
+    openai_api_key: Secret | None = Field(default=None, validation_alias="OPENAI_API_KEY")
     openai_base_url: str | None = Field(default=None, validation_alias="OPENAI_BASE_URL")
-    anthropic_api_key: SecretStr | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
+    anthropic_api_key: Secret | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
     anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
     #: Which defaults route a use case: today's models, or the original system's while they live.
     catalogue: Literal["current", "original"] = "current"
@@ -82,7 +84,7 @@ class Settings(BaseSettings):
 
     #: What keys of providers in the database are encrypted with: Fernet keys with commas between,
     #: the newest first. All can be read, the first one writes.
-    encryption_keys: SecretStr | None = None
+    encryption_keys: Secret | None = None
 
     # Jobs
     #: Seconds from submit to the deadline, when the caller names none.
@@ -134,18 +136,18 @@ class Settings(BaseSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _psycopg_url(cls, value: SecretStr) -> SecretStr:
+    def _psycopg_url(cls, value: Secret) -> Secret:
         url = value.get_secret_value()
         for scheme in ("postgres://", "postgresql://"):
             if url.startswith(scheme):
                 url = "postgresql+psycopg://" + url.removeprefix(scheme)
         if not _is_url(url, "postgresql+psycopg"):
             raise ValueError("must look like postgresql://user:password@host:5432/database")
-        return SecretStr(url)
+        return Secret(url)
 
     @field_validator("redis_url")
     @classmethod
-    def _redis_url(cls, value: SecretStr) -> SecretStr:
+    def _redis_url(cls, value: Secret) -> Secret:
         if not _is_url(value.get_secret_value(), "redis", "rediss"):
             raise ValueError("must look like redis://:password@host:6379/0")
         return value

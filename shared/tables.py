@@ -103,7 +103,7 @@ llm_providers = Table(
     Column("retires_at", _TIME),
     Column("successor", Text),
     #: Nano-USD a token by class; null: the price list knows.
-    Column("price_override", JSON),
+    Column("price_override", JSON(none_as_null=True)),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     Column("updated_at", _TIME, nullable=False, server_default=_NOW),
     _one_of("provider", "openai", "anthropic"),
@@ -178,11 +178,27 @@ batches = Table(
     #: Lines of the file that were no jobs.
     Column("rejected", Integer, nullable=False, server_default="0"),
     Column("submitted_by", Text),
+    #: Of its rows and options: the same file is not taken twice.
+    Column("idempotency_key", Text),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    #: Whoever of its jobs waits from then on is cancelled by the sweep.
     Column("cancelled_at", _TIME),
     #: When the last of its jobs ended.
     Column("finished_at", _TIME),
     CheckConstraint("total >= 1", name="total"),
+    Index(
+        "batches_idempotency_key",
+        "account_id",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    # What the sweep looks at: hardly ever anything.
+    Index(
+        "batches_cancelling_idx",
+        "id",
+        postgresql_where=text("cancelled_at IS NOT NULL AND finished_at IS NULL"),
+    ),
 )
 
 jobs = Table(
@@ -243,6 +259,12 @@ jobs = Table(
         "jobs_cancelling_idx",
         "worker_id",
         postgresql_where=text("state = 'running' AND cancel_requested_at IS NOT NULL"),
+    ),
+    # What an operator asks for: what went wrong lately.
+    Index(
+        "jobs_ended_idx",
+        "id",
+        postgresql_where=text("state IN ('failed', 'cancelled', 'expired')"),
     ),
     # Lost messages: per queue, the rows whose message should have been seen longest ago.
     Index(
@@ -363,14 +385,34 @@ results = Table(
     Column("body", JSON, nullable=False),
 )
 
-#: Terminal results on their way to shared reply channels; a trigger on `results` writes it.
+#: Terminal results for shared reply channels, until all consumer groups have acknowledged them; a
+#: trigger on `results` writes it.
 outbox = Table(
     "outbox",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("channel", Text, nullable=False),
     Column("job_id", Uuid, nullable=False),
+    #: Its place in the channel, and the id of its entry in Redis; null while it waits for room.
+    Column("number", BigInteger),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
-    #: Until then it is being delivered; whoever does may have died.
-    Column("taken_until", _TIME, nullable=False, server_default=text("'-infinity'::timestamptz")),
+    Index("outbox_channel_idx", "channel", "number", "id"),
+)
+
+#: What gives out the numbers of a channel: its row is locked meanwhile.
+reply_channels = Table(
+    "reply_channels",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("last_number", BigInteger, nullable=False),
+)
+
+#: The consumer groups of each channel: Redis may lose them.
+reply_groups = Table(
+    "reply_groups",
+    metadata,
+    Column("channel", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    #: The first number that it has not acknowledged.
+    Column("place", BigInteger, nullable=False),
 )

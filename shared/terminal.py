@@ -30,10 +30,12 @@ def print_table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> No
         for row in [head, *rows] if head else rows:
             typer.echo("\t".join(" ".join(cell.split()) for cell in row))
         return
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Column, Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(*(head or ("", "")), show_header=head is not None)
+    # Folded, never cut: an id is there to be copied.
+    columns = [Column(name, overflow="fold") for name in head or ("", "")]
+    table = Table(*columns, show_header=head is not None)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console().print(table)
@@ -49,6 +51,11 @@ def console(*, stderr: bool = False) -> Console:
 def note(line: str) -> None:
     """Say something to the person at the terminal; stdout belongs to the answer."""
     typer.echo(f"sluice: {line}", err=True)
+
+
+def split(names: str) -> list[str]:
+    """Read a list with commas between its names."""
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def money(nano_usd: int | None) -> str:

@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sluicegate.producers.async_client import AsyncJobHandle as AsyncJobHandle
     from sluicegate.producers.async_client import AsyncSluice as AsyncSluice
+    from sluicegate.producers.batches import Batch as Batch
+    from sluicegate.producers.batches import BatchProgress as BatchProgress
+    from sluicegate.producers.batches import BatchResult as BatchResult
+    from sluicegate.producers.batches import BatchView as BatchView
     from sluicegate.producers.client import JobHandle as JobHandle
     from sluicegate.producers.client import Sluice as Sluice
+    from sluicegate.producers.listing import JobSummary as JobSummary
+    from sluicegate.producers.reply_channels import AsyncReplies as AsyncReplies
+    from sluicegate.producers.reply_channels import AsyncReply as AsyncReply
+    from sluicegate.producers.reply_channels import Replies as Replies
+    from sluicegate.producers.reply_channels import Reply as Reply
     from sluicegate.producers.submission import JobOptions as JobOptions
     from sluicegate.producers.views import AttemptView as AttemptView
     from sluicegate.producers.views import JobView as JobView
     from sluicegate.shared.errors import ErrorClass as ErrorClass
     from sluicegate.shared.errors import IdempotencyConflict as IdempotencyConflict
+    from sluicegate.shared.errors import IllegalTransition as IllegalTransition
+    from sluicegate.shared.errors import InvalidAnswer as InvalidAnswer
     from sluicegate.shared.errors import InvalidJob as InvalidJob
     from sluicegate.shared.errors import JobCancelled as JobCancelled
     from sluicegate.shared.errors import JobEnded as JobEnded
@@ -52,12 +63,17 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "sluicegate.producers.async_client": ("AsyncJobHandle", "AsyncSluice"),
+    "sluicegate.producers.batches": ("Batch", "BatchProgress", "BatchResult", "BatchView"),
     "sluicegate.producers.client": ("JobHandle", "Sluice"),
+    "sluicegate.producers.listing": ("JobSummary",),
+    "sluicegate.producers.reply_channels": ("AsyncReplies", "AsyncReply", "Replies", "Reply"),
     "sluicegate.producers.submission": ("JobOptions",),
     "sluicegate.producers.views": ("AttemptView", "JobView"),
     "sluicegate.shared.errors": (
         "ErrorClass",
         "IdempotencyConflict",
+        "IllegalTransition",
+        "InvalidAnswer",
         "InvalidJob",
         "JobCancelled",
         "JobEnded",

@@ -31,7 +31,23 @@ _WORKERS = "sluicegate.workers."
 COMMANDS = {
     "submit": _Named(f"{_PRODUCERS}cli", "Submit one job, wait, and print the answer."),
     "job": _Named(f"{_PRODUCERS}job_commands", "Look at jobs, and steer them."),
+    "queue": _Named(f"{_PRODUCERS}queue_commands", "Queues: what waits, and who serves it."),
+    "bulk": _Named(
+        f"{_PRODUCERS}bulk_commands",
+        "Batches: files of jobs that are cheap and steady rather than soon.",
+    ),
+    "reply": _Named(
+        f"{_PRODUCERS}reply_commands",
+        "Shared reply channels: results on their way to a back end.",
+    ),
     "account": _Named(f"{_PRODUCERS}account_commands", "Accounts: on whose behalf jobs run."),
+    "provider": _Named(f"{_WORKERS}provider_commands", "Providers: the models that jobs go to."),
+    "usecase": _Named(
+        f"{_PRODUCERS}usecase_commands", "Use cases: the kinds of work that jobs are."
+    ),
+    "secrets": _Named(
+        f"{_WORKERS}secrets_commands", "Keys of the providers, kept encrypted in the database."
+    ),
     "doctor": _Named(
         f"{_PRODUCERS}health_commands",
         "Look for what is wrong: servers, schema, clocks, keys, models, workers, settings.",

@@ -178,12 +178,13 @@ class Rig:
         use_cases: Sequence[str],
         lane: Lane = Lane.INTERACTIVE,
         *,
+        follow: bool = False,
         variables: dict[str, str] | None = None,
         **changes: Any,
     ) -> Service:
         """Start a worker; `changes` are settings of its own. `await_worker` waits for it."""
         name = f"w{next(self._numbers)}"
-        argv = worker_argv(pool, lane, pool_queues(list(use_cases), pool, lane))
+        argv = worker_argv(pool, lane, pool_queues(list(use_cases), pool, lane), follow=follow)
         argv[argv.index("-n") + 1] = f"{name}@test"
         settings = self.settings.model_copy(update=changes)
         return self._start(name, argv, environment_of(settings, **(variables or {})))

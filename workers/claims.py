@@ -47,7 +47,8 @@ WITH me AS (
 )
 SELECT held.id, held.claim_id, held.fence, held.account_id, held.use_case, held.lane, held.queue,
        held.attempts_used, held.unknown_attempts, held.max_attempts, held.cost_nano_usd,
-       held.created_at, extract(epoch FROM held.deadline_at - now())::float8 AS left_s,
+       held.created_at, held.cancel_requested_at IS NOT NULL AS unwanted,
+       extract(epoch FROM held.deadline_at - now())::float8 AS left_s,
        b.request::text AS request
 FROM held JOIN job_bodies b ON b.job_id = held.id
 """
@@ -92,6 +93,8 @@ class Job:
     #: Its deadline on the event loop's clock.
     deadline_s: float
     spec: JobSpec
+    #: Somebody wants it cancelled: it is not to be called for.
+    unwanted: bool = False
 
 
 class Claims:
@@ -119,6 +122,10 @@ class Claims:
             max_items=max_items,
             spacing_s=spacing_s,
         )
+
+    def serve(self, queue: str) -> None:
+        """Claim jobs of one more queue from now on."""
+        self._queues.append(queue)
 
     async def claim(self, job_ids: Sequence[UUID]) -> list[Job]:
         """Claim what can be claimed; the rest is somebody else's, or not due, or over.
@@ -185,6 +192,7 @@ class Claims:
                     created_at=row.created_at,
                     deadline_s=now + row.left_s,
                     spec=JobSpec.model_validate_json(row.request),
+                    unwanted=row.unwanted,
                 )
             )
         return [by_claim[claim_id] for claim_id, _ in requests]

@@ -37,13 +37,17 @@ app.add_typer(db, name="db")
 DEFAULT_DATA_DIR = Path(".sluice")
 
 
-def worker_argv(pool: str, lane: Lane, queues: list[str]) -> list[str]:
-    """Return the command line of a worker process: plain Celery, in this interpreter."""
+def worker_argv(pool: str, lane: Lane, queues: list[str], *, follow: bool = False) -> list[str]:
+    """Return the command line of a worker process: plain Celery, in this interpreter.
+
+    follow: let it also serve the queues of use cases that are added while it runs.
+    """
     name = f"{pool}-{lane.value}@%h"
     return [
         *(sys.executable, "-m", "celery", "--quiet", "-A", "sluicegate.workers.app", "worker"),
         *("-Q", ",".join(queues), "-n", name),
         *("--without-gossip", "--without-mingle", "--loglevel", "WARNING"),
+        *(["--follow-use-cases"] if follow else []),
     ]
 
 
@@ -71,7 +75,7 @@ def worker(
     names = (
         queues.split(",") if queues else pool_queues(known_use_cases(get_settings()), pool, lane)
     )
-    argv = worker_argv(pool, lane, names)
+    argv = worker_argv(pool, lane, names, follow=not queues)
     os.execv(argv[0], argv)  # noqa: S606 - our own interpreter, our own arguments
 
 
@@ -117,19 +121,38 @@ def up(
         Path, typer.Option(help="Where embedded servers keep their data.")
     ] = DEFAULT_DATA_DIR,
     bulk: Annotated[bool, typer.Option(help="Also run workers for the bulk lane.")] = True,
+    flower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PORT",
+            help="Also run Flower, on PORT of 127.0.0.1 or on HOST:PORT. FLOWER_BASIC_AUTH, as "
+            "user:password, says who may open it.",
+        ),
+    ] = None,
 ) -> None:
     """Run the whole fleet in the foreground: servers unless URLs are given, workers, sweep."""
     try:
-        from sluicegate.workers.local.fleet import Fleet  # noqa: PLC0415 - needs the local extra
+        # They need the local extra.
+        from sluicegate.workers.local.fleet import Fleet  # noqa: PLC0415
+        from sluicegate.workers.local.flower import Flower  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SluiceError(
             f"`sluice up` needs {error.name}; run `pip install 'sluicegate[local]'`"
         ) from None
 
-    console = Console(stderr=True)
+    watcher = Flower.at(flower) if flower is not None else None
+    console = Console(stderr=True, highlight=False)
     console.print("Starting the fleet ...")
-    with Fleet(data_dir=data_dir, sandbox=sandbox, bulk=bulk, echo=True) as fleet:
-        console.print(f"[green]The fleet runs.[/] Postgres and Redis: {fleet.where}. Stop: Ctrl-C")
+    with Fleet(data_dir=data_dir, sandbox=sandbox, bulk=bulk, flower=watcher, echo=True) as fleet:
+        for pool in fleet.keyless_pools:
+            console.print(
+                f"[yellow]There is no key for {pool}[/], so its jobs will fail: "
+                f"set {pool.upper()}_API_KEY and start again.",
+                soft_wrap=True,
+            )
+        console.print(f"[green]The fleet runs.[/] {fleet.where}. Stop: Ctrl-C", soft_wrap=True)
+        if watcher is not None:
+            console.print(f"Flower: {watcher.url}", soft_wrap=True)
         for name, value in fleet.client_environment.items():
             typer.echo(f"export {name}={value}")
         raise typer.Exit(fleet.run_until_stopped())

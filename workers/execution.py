@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -13,21 +13,25 @@ import psycopg
 import redis.asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, Provider
+from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, PoolName, Provider
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.database import CONNECTION_ERRORS, is_bad_data
+from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, InvalidJob, UnknownPrice
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.pricing import baseline_provider, price_card
 from sluicegate.shared.queues import parse_queue
 from sluicegate.shared.routing import answer_tokens, needs_of, route
+from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
 from sluicegate.workers import outcomes
+from sluicegate.workers.calls import Calls, CutOffError
 from sluicegate.workers.claims import Claims, Job
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.failpoints import failpoint
 from sluicegate.workers.heartbeat import Heartbeat
+from sluicegate.workers.providers.access import adapter_for
 from sluicegate.workers.providers.base import (
     Adapter,
     Adapters,
@@ -47,6 +51,7 @@ log = logging.getLogger(__name__)
 _LATENCY_WEIGHT = 0.2
 
 _DEFECT = outcomes.refusal("a defect of ours ended it; it is logged", ErrorClass.INTERNAL)
+_CANCELLED = outcomes.refusal(CANCELLED, ErrorClass.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Plan:
     """Where a job's next call goes, and what it may cost at most."""
 
     provider: Provider
+    #: `Catalogue.keys` of the reading that the provider is from.
+    keys: Mapping[tuple[PoolName, UUID | None], str] = field(repr=False)
     max_tokens: int
     reserved_nano_usd: int
     baseline_reserved_nano_usd: int
@@ -76,6 +83,7 @@ class Parts:
     redis: redis.asyncio.Redis
     catalogue: AsyncCatalogueCache
     adapters: Adapters
+    keyring: Keyring
     heartbeat: Heartbeat
     claims: Claims
     dispatcher: Dispatcher
@@ -91,6 +99,9 @@ class Execution:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._first_token_ms: dict[UUID, float] = {}
+        self._calls = Calls()
+        #: Jobs in hand that are to be cancelled and have no call under way.
+        self._unwanted: set[UUID] = set()
         #: Set when the worker stops: a cancellation then means that the time is up.
         self.stopping = False
 
@@ -113,6 +124,16 @@ class Execution:
         for start in range(0, len(job_ids), size):
             again += await self._run_slice(job_ids[start : start + size], begun, claimed)
         return again
+
+    def cancel(self, job_ids: Sequence[UUID]) -> None:
+        """End these jobs, whose rows say that they are to be cancelled, as far as they are in hand.
+
+        A call under way is cut off; a job before its call is not called for; one that is being
+        settled ends as it does. Repeating it does nothing.
+        """
+        for job_id in job_ids:
+            if not self._calls.cut_off(job_id) and job_id in self._parts.claims.held:
+                self._unwanted.add(job_id)
 
     async def _run_slice(
         self, job_ids: Sequence[UUID], begun: Callable[[], None], claimed: Callable[[], None]
@@ -139,6 +160,8 @@ class Execution:
     async def _run_job(self, job: Job) -> Again | None:
         """Take one job to its end: what goes wrong in us ends that job and no other."""
         try:
+            if job.unwanted:
+                return await self._end(job, outcomes.released(job))
             return await self._attempt(job)
         except Exception:
             # The log says where; the caller is told that it was us.
@@ -146,6 +169,7 @@ class Execution:
             return await self._end(job, outcomes.failed(job, State.FAILED, _DEFECT))
         finally:
             self._parts.claims.let_go(job.id)
+            self._unwanted.discard(job.id)
             self._parts.slots.release(1)
 
     async def _attempt(self, job: Job) -> Again | None:
@@ -187,8 +211,7 @@ class Execution:
         except asyncio.CancelledError:
             if self.stopping:
                 raise  # out of time: whoever resolves this worker's attempts books it as unknown
-            error = outcomes.refusal("the job was cancelled", ErrorClass.CANCELLED)
-            await self._end_cut_off(job, State.CANCELLED, attempt, error)
+            await self._end_cut_off(job, State.CANCELLED, attempt, _CANCELLED)
             raise
         except Exception:
             log.exception("job %s met a defect during its call", job.id)
@@ -231,6 +254,7 @@ class Execution:
         baseline = price_card(baseline_provider(settings.baseline_model), settings.baseline_model)
         return Plan(
             provider=provider,
+            keys=catalogue.keys,
             max_tokens=max_tokens,
             reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
             baseline_reserved_nano_usd=baseline.reserve_nano_usd(needs.prompt_tokens, max_tokens),
@@ -241,9 +265,17 @@ class Execution:
         channel = parts.replies.channel(job.id, job.fence)
         if job.lane is Lane.INTERACTIVE:
             await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
+        if job.id in self._unwanted:
+            return await self._end(job, outcomes.released(job, attempt))
         sink = channel.delta if job.spec.stream else None
         try:
-            answer = await self.adapter(plan.provider).call(self._request(job, plan), sink)
+            adapter = self.adapter(plan.provider, job.account_id, plan.keys)
+            call = adapter.call(self._request(job, plan), sink)
+            answer = await self._calls.make(job.id, call)
+        except CutOffError:
+            channel.discard()
+            await self._end_cut_off(job, State.CANCELLED, attempt, _CANCELLED)
+            return None
         except ProviderError as error:
             channel.discard()
             return await self._failed(job, plan, attempt, error)
@@ -271,18 +303,21 @@ class Execution:
             ),
         )
 
-    def adapter(self, provider: Provider) -> Adapter:
-        """Return what calls this provider; raises `ProviderError` where there is no usable key."""
-        settings = self._parts.settings
-        if provider.provider == "openai":
-            key, base_url = settings.openai_api_key, settings.openai_base_url
-        else:
-            key, base_url = settings.anthropic_api_key, settings.anthropic_base_url
-        if provider.base_url is not None:
-            # The fleet's own key is for the provider's own API, never for somebody else's server.
-            key, base_url = None, provider.base_url
-        return self._parts.adapters.get(
-            provider.provider, base_url, key.get_secret_value() if key else None
+    def adapter(
+        self,
+        provider: Provider,
+        account_id: UUID | None,
+        keys: Mapping[tuple[PoolName, UUID | None], str],
+    ) -> Adapter:
+        """Do as `adapter_for`, with what this process has."""
+        parts = self._parts
+        return adapter_for(
+            provider,
+            account_id,
+            adapters=parts.adapters,
+            settings=parts.settings,
+            keyring=parts.keyring,
+            keys=keys,
         )
 
     async def _failed(
@@ -343,10 +378,11 @@ class Execution:
         failpoint("settled")
         if not settled.moved:
             return None
-        body = settlement.get("body")
+        body = settled.body or settlement.get("body")
         if body is not None:
             channel = channel or parts.replies.channel(job.id, job.fence)
             await parts.replies.end(channel, outcomes.terminal_payload(job, body, settled))
+            return None
         if settlement["job_state"] != State.QUEUED or settled.published_at is None:
             return None
         message = JobMessage(

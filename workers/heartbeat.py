@@ -29,10 +29,13 @@ VALUES (%(id)s, %(name)s, %(pool)s, %(lane)s, %(queues)s)
 
 _BEAT = """
 UPDATE workers
-SET beat = beat + 1, seen_at = now(), running_jobs = %(running_jobs)s,
+SET beat = beat + 1, seen_at = now(), queues = %(queues)s, running_jobs = %(running_jobs)s,
     oldest_unclaimed_at = %(oldest_unclaimed_at)s, draining = %(draining)s
 WHERE id = %(id)s
-RETURNING id
+RETURNING (
+    SELECT array_agg(j.id) FROM jobs j
+    WHERE j.worker_id = workers.id AND j.state = 'running' AND j.cancel_requested_at IS NOT NULL
+) AS unwanted
 """
 
 _LEAVE = "DELETE FROM workers WHERE id = %(id)s"
@@ -63,6 +66,7 @@ class Heartbeat:
         valid_s: float,
         load: Callable[[], Load],
         renamed: Callable[[UUID], None],
+        unwanted: Callable[[Sequence[UUID]], None],
     ) -> None:
         self._db = db
         self._name = name
@@ -73,6 +77,7 @@ class Heartbeat:
         self._valid_s = valid_s
         self._load = load
         self._renamed = renamed
+        self._unwanted = unwanted
         self._valid_until = 0.0
         self._confirmed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -92,6 +97,10 @@ class Heartbeat:
     async def leave(self) -> None:
         """Delete the row: whatever still bears this worker's name is then the sweep's."""
         await self._db.execute(_LEAVE, id=self.worker_id)
+
+    def serve(self, queue: str) -> None:
+        """Name one more queue in the row, from the next beat on."""
+        self._queues.append(queue)
 
     @property
     def valid(self) -> bool:
@@ -134,12 +143,16 @@ class Heartbeat:
         rows = await self._db.execute(
             _BEAT,
             id=self.worker_id,
+            queues=self._queues,
             running_jobs=load.running_jobs,
             oldest_unclaimed_at=load.oldest_unclaimed_at,
             draining=load.draining,
         )
         if rows:
             self._confirm(sent)
+            if rows[0].unwanted:
+                # The wish lives in the row: a message that was lost delays it by a beat.
+                self._unwanted(rows[0].unwanted)
             return
         # Declared dead while it was away. What it holds is no longer its own: the fence turns
         # those results into corrections. It starts again under a new id.

@@ -14,14 +14,16 @@ from uuid import UUID
 import redis.asyncio
 from celery import Celery
 
+from sluicegate.shared import database
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, send
 from sluicegate.shared.database import BY_KEY, CONNECTION_ERRORS, check_schema, make_async_engine
 from sluicegate.shared.errors import QueueUnavailable, SettingsError, UnknownPrice
 from sluicegate.shared.messages import Usage
 from sluicegate.shared.pricing import baseline_nano_usd
-from sluicegate.shared.queues import parse_queue
+from sluicegate.shared.queues import parse_queue, pool_queues
 from sluicegate.shared.redis_client import make_async_redis
+from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.claims import Claims
 from sluicegate.workers.dispatch import Dispatcher
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 #: Connections to the providers above the jobs in flight, so that ours is never the limit.
 _SPARE_CONNECTIONS = 50
 _RELEASE_INTERVAL_S = 10.0
+#: How often a worker looks for new use cases: a GET of Redis each time, seldom more.
+_FOLLOW_INTERVAL_S = 1.0
 _FINISH_S = 2.0
 _GC_THRESHOLDS = (10_000, 50, 100)
 
@@ -69,9 +73,21 @@ class Served:
 
 
 class Worker:
-    """What a worker process holds beside Celery."""
+    """What a worker process holds beside Celery.
 
-    def __init__(self, *, settings: Settings, app: Celery, name: str, served: Served) -> None:
+    consume: has Celery take messages of one more queue, and may be called on the loop; with it the
+    worker follows the catalogue. None: it serves the queues that it was started with.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        app: Celery,
+        name: str,
+        served: Served,
+        consume: Callable[[str], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._app = app
         self._name = name
@@ -79,11 +95,13 @@ class Worker:
         self._unclaimed: dict[object, datetime] = {}
         self._draining = False
         self._started = False
-        self._chores: asyncio.Task[None] | None = None
+        self._consume = consume
+        self._chores: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Connect, check the schema, enter the worker's row; raises a clear error."""
         settings = self._settings
+        self._keyring = Keyring.of(settings)
         # The catalogue is read with SQLAlchemy; what every job takes goes past it.
         self._engine = make_async_engine(
             settings, application_name=f"sluice {self._name}", pool_size=1
@@ -112,6 +130,7 @@ class Worker:
             valid_s=settings.beat_valid_s,
             load=self._load,
             renamed=self._rename,
+            unwanted=self.cancel,
         )
         self._slots = Slots(settings.jobs_in_flight)
         self._claims = Claims(
@@ -127,6 +146,7 @@ class Worker:
         catalogue = AsyncCatalogueCache(
             prefix=settings.redis_prefix, ttl_s=settings.catalogue_ttl_s
         )
+        self._catalogue = catalogue
         self._settler = Settler(
             db=self._db,
             max_items=settings.coalesce_max,
@@ -141,6 +161,7 @@ class Worker:
                 redis=self._redis,
                 catalogue=catalogue,
                 adapters=self._adapters,
+                keyring=self._keyring,
                 heartbeat=self._heartbeat,
                 claims=self._claims,
                 dispatcher=Dispatcher(
@@ -167,7 +188,10 @@ class Worker:
         gc.set_threshold(*_GC_THRESHOLDS)
         await self._heartbeat.start()
         self._started = True
-        self._chores = asyncio.get_running_loop().create_task(self._release_lost())
+        loop = asyncio.get_running_loop()
+        self._chores.append(loop.create_task(self._release_lost()))
+        if self._consume is not None:
+            self._chores.append(loop.create_task(self._follow_use_cases(self._consume)))
         log.info("worker %s serves %s", self._heartbeat.worker_id, ", ".join(self._served.queues))
 
     def _warm_up(self, catalogue: Catalogue) -> None:
@@ -178,7 +202,7 @@ class Worker:
                 continue
             try:
                 _ = provider.card
-                self.execution.adapter(provider)
+                self.execution.adapter(provider, provider.account_id, catalogue.keys)
             except (UnknownPrice, ProviderError) as problem:
                 log.warning("jobs for %s will fail: %s", provider.name, problem)
 
@@ -213,6 +237,10 @@ class Worker:
         finally:
             claimed()
 
+    def cancel(self, job_ids: Sequence[UUID]) -> None:
+        """Cancel jobs in hand; see `Execution.cancel`. On the loop's thread."""
+        self.execution.cancel(job_ids)
+
     async def drain(self, _deadline_s: float) -> None:
         """Stop beginning work: messages that wait for slots go back to the broker."""
         self._draining = True
@@ -223,9 +251,9 @@ class Worker:
         """Hand back what is left, as the sweep would, and close everything."""
         if not self._started:
             return  # there is nothing to hand back, and the process ends
-        if self._chores is not None:
-            self._chores.cancel()
-            await asyncio.gather(self._chores, return_exceptions=True)
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)
         await self._heartbeat.stop()
         # What was paid for and cut off in the middle of its settlement is settled all the same.
         with suppress(TimeoutError):
@@ -266,6 +294,26 @@ class Worker:
         for outcome in await asyncio.gather(*futures, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 log.warning("a message was not published (%s); the sweep will", outcome)
+
+    async def _follow_use_cases(self, consume: Callable[[str], None]) -> None:
+        """Serve the queues of use cases that are added while this worker runs."""
+        served = self._served
+        while True:
+            await asyncio.sleep(_FOLLOW_INTERVAL_S)
+            try:
+                catalogue = await self._catalogue.get(self._engine, self._redis)
+            except database.DATABASE_ERRORS as error:
+                log.warning("the use cases were not read again (%s)", type(error).__name__)
+                continue
+            for queue in pool_queues(sorted(catalogue.use_cases), served.pool, served.lane):
+                if queue in served.queues:
+                    continue
+                served.queues.append(queue)
+                # A message that comes may be claimed: that first.
+                self._claims.serve(queue)
+                self._heartbeat.serve(queue)
+                consume(queue)
+                log.info("worker %s now serves %s", self._heartbeat.worker_id, queue)
 
     async def _release_lost(self) -> None:
         while True:

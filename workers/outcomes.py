@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
+from sluicegate.shared import endings
 from sluicegate.shared.catalogue import Provider
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import AttemptState, State
@@ -102,9 +101,10 @@ def again(job: Job, state: State, after_s: float, ended: Settlement) -> Settleme
     return _move(job, state) | ended | {"after_s": after_s}
 
 
-def released(job: Job, attempt: Attempt) -> Settlement:
-    """Give the job back: its call certainly never left."""
-    return _move(job, State.QUEUED) | _ended(attempt, AttemptState.VOID) | {"after_s": 0.0}
+def released(job: Job, attempt: Attempt | None = None) -> Settlement:
+    """Give the job back: its call certainly never left. One that is unwanted ends with that."""
+    ended = {} if attempt is None else _ended(attempt, AttemptState.VOID)
+    return _move(job, State.QUEUED) | ended | {"after_s": 0.0}
 
 
 def actual(
@@ -139,9 +139,7 @@ def estimate(attempt: Attempt) -> Settlement:
 
 def terminal_payload(job: Job, body: dict[str, Any], settled: Settled) -> bytes:
     """Encode the terminal event, as it would be made from Postgres."""
-    kind = "completed" if body["state"] == State.SUCCEEDED else "failed"
-    times = {"created_at": job.created_at, "finished_at": settled.finished_at}
-    return orjson.dumps({"type": kind, "result": body | times})
+    return endings.terminal_payload(body, job.created_at, settled.finished_at)
 
 
 def refusal(message: str, error_class: ErrorClass = ErrorClass.BAD_REQUEST) -> ProviderError:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+from sluicegate.shared.endings import CANCELLED_BODY
 from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.statements import Database, through_disconnects
 
@@ -18,8 +19,8 @@ log = logging.getLogger(__name__)
 # Locks go jobs, attempts, each by key. An attempt leaves `dispatching` once: whatever comes later
 # finds nothing to move and books nothing. One that was booked as `unknown` takes the actual cost
 # as a correction, and its job is then no longer this worker's (the fence differs), so result and
-# state stay what they are.
-_SETTLE = """
+# state stay what they are. A job that is to be cancelled is not queued or parked again: it ends.
+_SETTLE = f"""
 WITH wanted AS (
     SELECT * FROM json_to_recordset(%(items)s::json) AS t(
         n int, job_id uuid, fence bigint, job_state text, after_s float8, body json,
@@ -30,7 +31,7 @@ WITH wanted AS (
         cache_write_1h_tokens bigint, output_tokens bigint, reasoning_tokens bigint,
         raw_usage json, price_version text)
 ), job AS (
-    SELECT wanted.n, j.id, j.fence, j.state
+    SELECT wanted.n, j.id, j.fence, j.state, j.cancel_requested_at IS NOT NULL AS unwanted
     FROM wanted JOIN jobs j ON j.id = wanted.job_id
     ORDER BY j.id
     FOR NO KEY UPDATE OF j
@@ -75,6 +76,8 @@ WITH wanted AS (
     SELECT w.n, job.id,
            job.fence = w.fence AND job.state = 'running'
                AND (w.attempt_id IS NULL OR ended.id IS NOT NULL) AS holds,
+           CASE WHEN job.unwanted AND w.job_state IN ('queued', 'parked')
+                THEN 'cancelled' ELSE w.job_state END AS job_state,
            coalesce(entry.amount_nano_usd, 0) AS amount,
            ended.id IS NOT NULL AND w.attempt_state <> 'void' AS paid
     FROM wanted w JOIN job USING (n)
@@ -84,30 +87,33 @@ WITH wanted AS (
     UPDATE jobs j
     SET cost_nano_usd = j.cost_nano_usd + plan.amount,
         attempts_used = j.attempts_used + (plan.holds AND plan.paid)::int,
-        state = CASE WHEN plan.holds THEN w.job_state ELSE j.state END,
+        state = CASE WHEN plan.holds THEN plan.job_state ELSE j.state END,
         worker_id = CASE WHEN plan.holds THEN NULL ELSE j.worker_id END,
         claim_id = CASE WHEN plan.holds THEN NULL ELSE j.claim_id END,
         run_at = CASE WHEN plan.holds AND w.after_s IS NOT NULL
                       THEN now() + w.after_s * interval '1 second' ELSE j.run_at END,
-        published_at = CASE WHEN plan.holds AND w.job_state = 'queued'
+        published_at = CASE WHEN plan.holds AND plan.job_state = 'queued'
                             THEN now() ELSE j.published_at END,
-        finished_at = CASE WHEN plan.holds AND w.body IS NOT NULL
+        finished_at = CASE WHEN plan.holds AND plan.job_state NOT IN ('queued', 'parked')
                            THEN now() ELSE j.finished_at END
     FROM plan JOIN wanted w USING (n)
     WHERE j.id = plan.id AND (plan.holds OR plan.amount <> 0)
-    RETURNING w.n, plan.holds, j.finished_at, j.published_at
+    RETURNING w.n, plan.holds, j.id, j.use_case, j.state, j.cost_nano_usd, j.attempts_used,
+              j.finished_at, j.published_at
 ), kept AS (
     INSERT INTO results (job_id, attempt_id, fence, body)
-    SELECT w.job_id, w.attempt_id, w.fence, w.body
-    FROM wanted w JOIN moved USING (n)
-    WHERE moved.holds AND w.body IS NOT NULL
+    SELECT w.job_id, w.attempt_id, w.fence, coalesce(w.body, {CANCELLED_BODY})
+    FROM wanted w JOIN moved j USING (n)
+    WHERE j.holds AND j.state NOT IN ('queued', 'parked')
 )
-SELECT w.n, coalesce(moved.holds, false) AS moved, moved.published_at,
-       coalesce(moved.finished_at, j.finished_at) AS finished_at, coalesce(j.queue, '') AS queue,
-       j.state AS state_before, j.fence AS fence_before
+SELECT w.n, coalesce(j.holds, false) AS moved, j.published_at,
+       coalesce(j.finished_at, was.finished_at) AS finished_at,
+       coalesce(was.queue, '') AS queue, was.state AS state_before, was.fence AS fence_before,
+       CASE WHEN j.holds AND j.state = 'cancelled' AND w.body IS NULL
+            THEN {CANCELLED_BODY} END AS body
 FROM wanted w
-LEFT JOIN moved USING (n)
-LEFT JOIN jobs j ON j.id = w.job_id
+LEFT JOIN moved j USING (n)
+LEFT JOIN jobs was ON was.id = w.job_id
 """
 
 
@@ -122,6 +128,8 @@ class Settled:
     queue: str = ""
     finished_at: datetime | None = None
     published_at: datetime | None = None
+    #: The result that was stored in place of another try, because the job is to be cancelled.
+    body: dict[str, Any] | None = None
 
 
 #: One settlement: the columns of `_SETTLE`'s `wanted`, JSON-ready, absent where null.
@@ -145,6 +153,7 @@ def _read(settlement: Settlement, row: Any) -> Settled:
         queue=row.queue,
         finished_at=row.finished_at,
         published_at=row.published_at,
+        body=row.body,
     )
 
 

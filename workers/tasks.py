@@ -9,6 +9,7 @@ from uuid import UUID
 
 from celery import Celery
 from celery.exceptions import Reject
+from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 
 from sluicegate.shared.celery_app import PUBLISHED_AT, RUN_JOBS, JobMessage, send
@@ -22,10 +23,19 @@ from sluicegate.workers.statements import DATABASE_ERRORS
 log = logging.getLogger(__name__)
 
 
+class FromQueue(Request):
+    """Tells Flower the queue, which Celery leaves to an event that each publisher would send."""
+
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's own name
+        """Send an event of this task, if anybody watches."""
+        super().send_event(type, routing_key=self.delivery_info["routing_key"], **fields)
+
+
 class RunJobs(AsyncTask):
     """Runs the jobs of one message; registered by `register`."""
 
     name = RUN_JOBS
+    Request = "sluicegate.workers.tasks:FromQueue"
     ignore_result = True
     acks_late = True
     #: The job's own attempt budget, kept in Postgres, is what ends its retries.

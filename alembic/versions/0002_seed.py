@@ -51,7 +51,7 @@ _PROVIDERS = sa.table(
 #: Tables whose rows name an account for good.
 _BEARERS = [sa.table(name, sa.column("account_id", sa.Uuid())) for name in ("jobs", "cost_entries")]
 
-_DEFAULT_ACCOUNT = UUID("00000000-0000-7000-8000-000000000001")
+DEFAULT_ACCOUNT = UUID("00000000-0000-7000-8000-000000000001")
 
 
 def _use_case(
@@ -66,7 +66,7 @@ def _use_case(
     }
 
 
-_USE_CASE_ROWS = [
+USE_CASE_ROWS = [
     _use_case("draft", "Write an email, a message or a follow-up.", max_tokens=1024),
     _use_case("summary", "Condense notes, calls, threads and documents.", max_tokens=1024),
     _use_case("complex", "Reason in several steps, analyse, plan, decide.", max_tokens=4096),
@@ -106,18 +106,18 @@ def _provider(
         "provider": name.partition("-")[0],
         "model": model,
         "is_default": is_default,
-        "use_case": array(use_case, type_=sa.Text()),
-        "failover": array(failover or [], type_=sa.Text()),
+        "use_case": use_case,
+        "failover": failover or [],
         "max_tokens": max_tokens,
         "context_tokens": context_tokens,
-        "capabilities": array(capabilities, type_=sa.Text()),
+        "capabilities": capabilities,
         "catalogue": catalogue,
         "retires_at": retires_at,
         "successor": successor,
     }
 
 
-_PROVIDER_ROWS = [
+PROVIDER_ROWS = [
     _provider(
         0x101,
         "anthropic-claude-haiku-5-5",
@@ -200,26 +200,32 @@ _PROVIDER_ROWS = [
 ]
 
 
+def _stored(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: array(value, type_=sa.Text()) if isinstance(value, list) else value
+        for name, value in row.items()
+    }
+
+
 def upgrade() -> None:
     """Add the rows that are not there yet."""
     op.execute(
-        insert(_ACCOUNTS).values(id=_DEFAULT_ACCOUNT, name="default").on_conflict_do_nothing()
+        insert(_ACCOUNTS).values(id=DEFAULT_ACCOUNT, name="default").on_conflict_do_nothing()
     )
-    op.execute(insert(_USE_CASES).values(_USE_CASE_ROWS).on_conflict_do_nothing())
-    op.execute(insert(_PROVIDERS).values(_PROVIDER_ROWS).on_conflict_do_nothing())
+    op.execute(insert(_USE_CASES).values(USE_CASE_ROWS).on_conflict_do_nothing())
+    rows = [_stored(row) for row in PROVIDER_ROWS]
+    op.execute(insert(_PROVIDERS).values(rows).on_conflict_do_nothing())
 
 
 def downgrade() -> None:
     """Take the rows away; the account stays if it has jobs or costs, which name it."""
+    op.execute(_PROVIDERS.delete().where(_PROVIDERS.c.id.in_([row["id"] for row in PROVIDER_ROWS])))
     op.execute(
-        _PROVIDERS.delete().where(_PROVIDERS.c.id.in_([row["id"] for row in _PROVIDER_ROWS]))
-    )
-    op.execute(
-        _USE_CASES.delete().where(_USE_CASES.c.name.in_([row["name"] for row in _USE_CASE_ROWS]))
+        _USE_CASES.delete().where(_USE_CASES.c.name.in_([row["name"] for row in USE_CASE_ROWS]))
     )
     op.execute(
         _ACCOUNTS.delete().where(
-            _ACCOUNTS.c.id == _DEFAULT_ACCOUNT,
+            _ACCOUNTS.c.id == DEFAULT_ACCOUNT,
             *(~sa.exists().where(table.c.account_id == _ACCOUNTS.c.id) for table in _BEARERS),
         )
     )

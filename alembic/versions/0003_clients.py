@@ -29,7 +29,7 @@ _COUNT = """
         cancelled = b.cancelled {sign} n.cancelled,
         expired = b.expired {sign} n.expired,
         finished_at = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired {sign} n.ended
-                                >= b.total THEN now() END
+                                >= b.total THEN now() END{also}
     FROM (
         SELECT j.batch_id AS id, count(*) AS ended,
                count(*) FILTER (WHERE {state} = 'succeeded') AS succeeded,
@@ -50,7 +50,7 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    {_COUNT.format(rows="ended", sign="+", state="j.state")}
+    {_COUNT.format(rows="ended", sign="+", state="j.state", also="")}
     INSERT INTO outbox (channel, job_id)
     SELECT j.reply_to, j.id FROM ended r JOIN jobs j ON j.id = r.job_id
     WHERE j.reply_to IS NOT NULL;
@@ -61,10 +61,14 @@ BEGIN
 END $$
 """
 
+# A job that is tried again in a batch which was cancelled and is over must not be cancelled again.
+_RESUMED = """,
+        cancelled_at = CASE WHEN b.finished_at IS NULL THEN b.cancelled_at END"""
+
 _REOPENED = f"""
 CREATE FUNCTION note_reopened() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
-    {_COUNT.format(rows="reopened", sign="-", state="r.body->>'state'")}
+    {_COUNT.format(rows="reopened", sign="-", state="r.body->>'state'", also=_RESUMED)}
     RETURN NULL;
 END $$
 """
@@ -111,6 +115,7 @@ def upgrade() -> None:
         sa.Column("expired", sa.Integer(), server_default="0", nullable=False),
         sa.Column("rejected", sa.Integer(), server_default="0", nullable=False),
         sa.Column("submitted_by", sa.Text()),
+        sa.Column("idempotency_key", sa.Text()),
         sa.Column("created_at", _TIME, server_default=_NOW, nullable=False),
         sa.Column("cancelled_at", _TIME),
         sa.Column("finished_at", _TIME),
@@ -120,19 +125,41 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
     )
+    op.create_index(
+        "batches_idempotency_key",
+        "batches",
+        ["account_id", "idempotency_key"],
+        unique=True,
+        postgresql_where=sa.text("idempotency_key IS NOT NULL"),
+    )
+    op.create_index(
+        "batches_cancelling_idx",
+        "batches",
+        ["id"],
+        postgresql_where=sa.text("cancelled_at IS NOT NULL AND finished_at IS NULL"),
+    )
     op.create_table(
         "outbox",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("channel", sa.Text(), nullable=False),
         sa.Column("job_id", sa.Uuid(), nullable=False),
+        sa.Column("number", sa.BigInteger()),
         sa.Column("created_at", _TIME, server_default=_NOW, nullable=False),
-        sa.Column(
-            "taken_until",
-            _TIME,
-            server_default=sa.text("'-infinity'::timestamptz"),
-            nullable=False,
-        ),
         sa.PrimaryKeyConstraint("id", name=op.f("outbox_pkey")),
+    )
+    op.create_index("outbox_channel_idx", "outbox", ["channel", "number", "id"])
+    op.create_table(
+        "reply_channels",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("last_number", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("reply_channels_pkey")),
+    )
+    op.create_table(
+        "reply_groups",
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("place", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("channel", "name", name=op.f("reply_groups_pkey")),
     )
     op.add_column("jobs", sa.Column("reply_to", sa.Text()))
     op.add_column("jobs", sa.Column("batch_id", sa.Uuid()))
@@ -150,6 +177,12 @@ def upgrade() -> None:
         "jobs",
         ["worker_id"],
         postgresql_where=sa.text("state = 'running' AND cancel_requested_at IS NOT NULL"),
+    )
+    op.create_index(
+        "jobs_ended_idx",
+        "jobs",
+        ["id"],
+        postgresql_where=sa.text("state IN ('failed', 'cancelled', 'expired')"),
     )
     op.execute(_ENDED)
     op.execute(_REOPENED)
@@ -169,8 +202,11 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER results_ended ON results")
     op.execute("DROP FUNCTION note_reopened()")
     op.execute("DROP FUNCTION note_ended()")
+    op.drop_index("jobs_ended_idx", "jobs")
     for column in ("cancel_requested_at", "batch_line", "batch_id", "reply_to"):
         op.drop_column("jobs", column)
+    op.drop_table("reply_groups")
+    op.drop_table("reply_channels")
     op.drop_table("outbox")
     op.drop_table("batches")
     op.drop_table("provider_keys")

@@ -1,18 +1,28 @@
-"""A worker that cannot do its work says why, in one sentence, and ends."""
+"""What cannot do its work says why, in one sentence, and ends: a worker, and the whole fleet."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
+import psutil
 import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from sluicegate.shared import migrations
 from sluicegate.shared.settings import Settings
 from tests.harness import Service, environment_of
+from tests.polling import eventually
 
 CELERY = [sys.executable, "-m", "celery", "-A", "sluicegate.workers.app", "worker"]
 SLUICE = [sys.executable, "-m", "sluicegate.cli"]
@@ -93,3 +103,201 @@ def test_the_command_line_without_postgres(run: Run, arguments: list[str]) -> No
 
 def test_the_sweep_with_an_old_schema(run: Run, empty_database: str) -> None:
     assert "run `sluice db upgrade`" in run(*SLUICE, "sweep", database_url=empty_database)
+
+
+# The whole fleet
+
+_MARKER = "SLUICE_TEST_UP_ID"
+UP_S = 120.0
+
+Up = Callable[..., "_Up"]
+
+
+class _Up:
+    """A `sluice up`; all it starts bears its marker."""
+
+    def __init__(self, options: tuple[str, ...], variables: dict[str, str], folder: Path) -> None:
+        self._marker = uuid4().hex
+        self.service = Service(
+            "up",
+            [*SLUICE, "up", "--data-dir", "data", *options],
+            variables | {_MARKER: self._marker},
+            folder / f"up-{self._marker}.log",
+        )
+
+    def refused(self) -> str:
+        """Wait for its end, which must be as a refusal is; return the one sentence."""
+        code = self.service.wait(UP_S)
+        said = self.service.log
+        assert code in (1, 2), said
+        lines = [line for line in said.splitlines() if line != "Starting the fleet ..."]
+        assert len(lines) == 1, said
+        assert lines[0].startswith("sluice: "), said
+        self.leaves_nothing()
+        return lines[0]
+
+    def says(self, sentence: str) -> str:
+        """Wait until it says this, a regular expression; return its first group or all of it."""
+
+        def said() -> str | None:
+            if self.service.ended() is not None:
+                pytest.fail(self.service.log)
+            found = re.search(sentence, self.service.log)
+            return (found.group(found.lastindex or 0) or "-") if found else None
+
+        return eventually(said, UP_S) or ""
+
+    def stop(self) -> None:
+        """End it with a Ctrl-C."""
+        self.service.signal(signal.SIGINT)
+        assert self.service.wait(UP_S) == 0, self.service.log
+        assert "Traceback" not in self.service.log
+        self.leaves_nothing()
+
+    def leaves_nothing(self) -> None:
+        left = [process for process in psutil.process_iter() if self._started(process)]
+        assert not left, left
+
+    def _started(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return (
+                process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get(_MARKER) == self._marker
+            )
+        return False
+
+
+@pytest.fixture
+def up(settings: Settings, tmp_path: Path) -> Iterator[Up]:
+    """Return a function that runs `sluice up` with options, on the test's own servers.
+
+    Settings are by their names, other variables by theirs; None takes one away.
+    """
+    started: list[_Up] = []
+
+    def start(*options: str, **changes: object) -> _Up:
+        fields = {name: value for name, value in changes.items() if name in Settings.model_fields}
+        variables = environment_of(settings.model_copy(update=fields))
+        variables.pop("FLOWER_BASIC_AUTH", None)
+        for name in changes.keys() - fields.keys():
+            variables.pop(name, None)
+            if changes[name] is not None:
+                variables[name] = str(changes[name])
+        started.append(_Up(options, variables, tmp_path))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.service.end()
+
+
+@contextmanager
+def _taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])
+
+
+def _run_sql(settings: Settings, statement: str) -> None:
+    engine = create_engine(settings.database_dsn, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+
+
+def test_up_with_a_port_that_is_taken(up: Up, tmp_path: Path) -> None:
+    with _taken_port() as port:
+        said = up("--sandbox", "--flower", str(port)).refused()
+    assert re.search(rf"cannot listen on port {port} of 127\.0\.0\.1 .*choose another", said)
+    assert not (tmp_path / "data").exists()
+
+
+def test_up_with_a_flower_that_others_could_open(up: Up, tmp_path: Path) -> None:
+    said = up("--sandbox", "--flower", "0.0.0.0:0").refused()
+    assert "set FLOWER_BASIC_AUTH=user:password, or use 127.0.0.1" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_up_without_a_key(up: Up) -> None:
+    said = up().refused()
+    assert "set OPENAI_API_KEY or ANTHROPIC_API_KEY" in said
+    assert said.endswith("or use --sandbox")
+
+
+def test_up_without_postgres(up: Up) -> None:
+    away = f"postgresql+psycopg://sluice@127.0.0.1:{_closed_port()}/sluice"
+    said = up("--sandbox", database_url=away).refused()
+    assert said.endswith("check SLUICE_DATABASE_URL and that PostgreSQL is running")
+
+
+def test_up_without_postgres_where_it_would_run_redis_itself(up: Up) -> None:
+    away = f"postgresql+psycopg://sluice@127.0.0.1:{_closed_port()}/sluice"
+    said = up("--sandbox", database_url=away, SLUICE_REDIS_URL=None).refused()
+    assert said.endswith("check SLUICE_DATABASE_URL and that PostgreSQL is running")
+
+
+def test_up_without_redis(up: Up) -> None:
+    said = up("--sandbox", redis_url=f"redis://127.0.0.1:{_closed_port()}/0").refused()
+    assert said.endswith("check SLUICE_REDIS_URL and that Redis is running")
+
+
+def test_up_with_a_schema_that_is_newer_than_the_code(up: Up, settings: Settings) -> None:
+    _run_sql(settings, "UPDATE alembic_version SET version_num = '9999'")
+    said = up("--sandbox").refused()
+    assert "the database is at revision 9999" in said
+    assert "install the newer version" in said
+
+
+def test_up_with_an_old_schema_that_it_may_not_change(up: Up, empty_database: str) -> None:
+    old = Settings(_env_file=None, database_url=empty_database)
+    migrations.upgrade(old, "0001")
+    name = make_url(empty_database).database
+    _run_sql(old, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    said = up("--sandbox", database_url=empty_database).refused()
+    assert "refused the migration, nothing was changed: " in said
+
+
+@pytest.mark.parametrize("place", ["below a file", "a file", "a folder nobody may write to"])
+def test_up_with_a_data_folder_that_it_cannot_use(up: Up, tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "no-folder"
+    match place:
+        case "below a file":
+            folder.touch()
+            folder = folder / "data"
+        case "a file":
+            folder.touch()
+        case _ if os.geteuid() != 0:
+            folder.mkdir(mode=0o500)
+        case _:  # root may write wherever there is a disk
+            folder = Path("/proc")
+    said = up("--sandbox", "--data-dir", str(folder)).refused()
+    assert re.search(rf"data folder {folder} cannot be used .*choose another with --data-dir", said)
+
+
+def test_up_with_a_key_for_one_pool_and_flower_beside_it(up: Up) -> None:
+    fleet = up("--no-bulk", "--flower", "0", OPENAI_API_KEY="sk-test", PYTHONUNBUFFERED="1")
+    url = fleet.says(r"Flower: (http://127\.0\.0\.1:\d+)\n")
+    said = fleet.service.log
+    assert "no key for anthropic, so its jobs will fail: set ANTHROPIC_API_KEY" in said
+    assert "no key for openai" not in said
+    assert "Postgres: your own, Redis: your own" in said
+
+    def workers() -> set[str]:
+        with urllib.request.urlopen(f"{url}/api/workers?refresh=1", timeout=20) as answer:
+            return {name.partition("@")[0] for name in json.loads(answer.read())}
+
+    eventually(lambda: workers() == {"openai-interactive", "anthropic-interactive"}, UP_S)
+    another = up("--sandbox").refused()
+    assert "another fleet runs on the data folder data; stop that one" in another
+    fleet.stop()
+
+
+def test_up_with_a_key_in_the_database(up: Up, settings: Settings) -> None:
+    _run_sql(
+        settings,
+        "INSERT INTO provider_keys (id, provider, api_key_encrypted)"
+        " VALUES (gen_random_uuid(), 'anthropic', 'unreadable')",
+    )
+    fleet = up("--no-bulk")
+    fleet.says("The fleet runs")
+    assert "no key for openai" in fleet.service.log
+    assert "no key for anthropic" not in fleet.service.log
+    fleet.stop()

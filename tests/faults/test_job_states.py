@@ -1,4 +1,4 @@
-"""Any interleaving of what workers and sweeps do to jobs, against a model of what may be."""
+"""Any interleaving of what workers, sweeps and operators do to jobs, against a model of it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
+from sluicegate.producers.steering import CANCEL, FIND_ENDED, REOPENABLE, RETRY, Reopening
 from sluicegate.shared.database import BY_KEY
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.redis_client import make_async_redis
@@ -54,10 +55,6 @@ INSERT INTO job_bodies (job_id, request) VALUES (%(id)s,
 _ENTER = """
 INSERT INTO workers (id, name, pool, lane, queues)
 VALUES (%(id)s, 'w', 'openai', 'interactive', '{general.openai}')
-"""
-_CANCEL = """
-UPDATE jobs SET state = 'cancelled', fence = fence + 1, finished_at = now()
-WHERE id = %(id)s AND state IN ('queued', 'parked')
 """
 _UNPARK = "UPDATE jobs SET state = 'queued', fence = fence + 1 WHERE state = 'parked'"
 
@@ -135,6 +132,11 @@ class JobStates(RuleBasedStateMachine):
     def claim(self, worker: int, which: set[int]) -> Any:
         claims = self.workers[worker]
         found = self.lines.wait(claims.claim([self.jobs[n] for n in sorted(which)]))
+        for job in found:
+            (row,) = self.lines.run(
+                "SELECT cancel_requested_at FROM jobs WHERE id = %(id)s", id=job.id
+            )
+            assert job.unwanted == (row.cancel_requested_at is not None)
         return multiple(*found)
 
     @rule(target=calls, job=held)
@@ -208,7 +210,37 @@ class JobStates(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2))
     def cancel(self, which: int) -> None:
-        self.lines.run(_CANCEL, id=self.jobs[which])
+        (before,) = self._rows(which)
+        self.lines.run(CANCEL, job_ids=[self.jobs[which]])
+        (after,) = self._rows(which)
+        match before.state:
+            case "queued" | "parked":
+                assert (after.state, after.fence) == ("cancelled", before.fence + 1)
+            case "running":
+                assert (after.state, after.fence) == ("running", before.fence)
+                assert after.cancel_requested_at is not None
+            case _:
+                assert after == before
+
+    @rule(which=st.integers(0, 2), late=st.booleans())
+    def retry(self, which: int, late: bool) -> None:
+        job_id = self.jobs[which]
+        (row,) = self.lines.run(FIND_ENDED, job_id=job_id)
+        # Late: somebody else has retried it meanwhile, and it has come to the same end again.
+        again = Reopening(job_id=job_id, queue=QUEUE, fence=row.fence - late, deadline_s=1000)
+        (told,) = self.lines.run(RETRY, **again.parameters)
+        (after,) = self._rows(which)
+        if row.state in REOPENABLE and not late:
+            assert told.reopened
+            assert (after.state, after.fence) == ("queued", row.fence + 1)
+            assert (after.attempts_used, after.cancel_requested_at) == (0, None)
+            del self.over[job_id]
+        else:
+            assert (after.state, after.fence) == (row.state, row.fence)
+            assert told.reopened == (late and row.state == "queued")
+
+    def _rows(self, which: int) -> list[Any]:
+        return self.lines.run("SELECT * FROM jobs WHERE id = %(id)s", id=self.jobs[which])
 
     @rule()
     def unpark(self) -> None:
@@ -233,8 +265,9 @@ class JobStates(RuleBasedStateMachine):
             "  ON w.id = a.worker_id WHERE a.job_id = j.id AND a.state = 'dispatching') AS open"
             " FROM jobs j LEFT JOIN results r ON r.job_id = j.id"
         ):
-            assert (row.body is not None) == (row.state in ("succeeded", "failed"))
-            assert row.body is None or row.body["state"] == row.state
+            assert (row.body is not None) == (row.state in ("succeeded", "failed", "cancelled"))
+            if row.body is not None:
+                assert (row.body["state"], row.result_fence) == (row.state, row.fence)
 
     @invariant()
     def money_is_booked_once(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import build_spec
 from sluicegate.shared.messages import ResponseFormat, Tool, ToolCallPart, Usage
+from sluicegate.shared.secrets import Secret
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.providers.base import (
     Adapter,
@@ -152,7 +153,7 @@ async def test_the_same_answer_either_way_on_either_wire(
     adapters: Adapters, sandbox: SandboxControl
 ) -> None:
     answers = [
-        await adapters.get(kind, url_of(sandbox, kind), "a-key").call(
+        await adapters.get(kind, url_of(sandbox, kind), Secret("a-key")).call(
             make_call(kind, "Draft a mail.", stream=stream, system="Be brief.")
         )
         for kind in KINDS
@@ -551,7 +552,7 @@ async def test_what_leaves(adapters: Adapters, kind: ProviderKind, stream: bool)
         writer.write(chunked(*STREAM[kind]) if stream else reply(WHOLE[kind]))
 
     async with odd_server(handler) as (url, connections):
-        adapter = adapters.get(kind, url, " the-key\n")
+        adapter = adapters.get(kind, url, Secret(" the-key\n"))
         call = make_call(kind, "Hello", stream=stream, metadata={"account": "acct-4711"})
         for _ in range(5):
             assert good(await adapter.call(call, Sink()))
@@ -654,7 +655,7 @@ async def test_an_error_that_repeats_key_and_prompt_is_told_without_them(
         writer.write(reply(json.dumps(message).encode(), status=400))
 
     async with odd_server(handler) as (url, _):
-        adapter = adapters.get(kind, url, "a-very-secret-key")
+        adapter = adapters.get(kind, url, Secret("a-very-secret-key"))
         for said in (prompt, "Hello"):
             error = await failure(adapter, make_call(kind, said))
             assert error.error_class is E.BAD_REQUEST
@@ -668,16 +669,17 @@ async def test_an_adapter_for_each_endpoint_and_key(
     adapters = Adapters(max_connections=5, max_adapters=2)
     url = url_of(sandbox, kind)
     sandbox.add_fault("hang", times=1)
-    first = adapters.get(kind, url, "key-1")
+    first = adapters.get(kind, url, Secret("key-1"))
     running = asyncio.create_task(first.call(make_call(kind)))
     await asyncio.to_thread(sandbox.wait_for_calls, 1, 10)
-    second = adapters.get(kind, url, "key-2")
-    assert adapters.get(kind, url, "key-1") is first
-    assert adapters.get(kind, url, "key-2") is second
-    third = adapters.get(kind, url, "key-3")  # one too many: the idle one goes, not the busy one
-    assert adapters.get(kind, url, "key-1") is first
-    assert adapters.get(kind, url, "key-3") is third
-    assert adapters.get(kind, url, "key-2") is not second
+    second = adapters.get(kind, url, Secret("key-2"))
+    assert adapters.get(kind, url, Secret("key-1")) is first
+    assert adapters.get(kind, url, Secret("key-2")) is second
+    # One too many: the idle one goes, not the busy one.
+    third = adapters.get(kind, url, Secret("key-3"))
+    assert adapters.get(kind, url, Secret("key-1")) is first
+    assert adapters.get(kind, url, Secret("key-3")) is third
+    assert adapters.get(kind, url, Secret("key-2")) is not second
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -113,6 +114,67 @@ def test_submit_reads_the_prompt_from_stdin(
     with serve(lambda worker: worker.answer("ok")):
         assert sluice("submit", "draft", "-").code == 0
     assert request_of(engine).request["messages"][0]["content"][0]["text"] == "Grüße"
+
+
+def test_submit_reads_a_pipe_when_there_is_no_prompt(
+    sluice: Callable[..., Outcome],
+    serve: Serve,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    with serve(lambda worker: worker.answer("ok")):
+        assert sluice("submit", "draft").code == 0
+    assert request_of(engine).request["messages"][0]["content"][0]["text"] == "piped"
+
+
+def test_submit_takes_prompt_and_schema_from_files(
+    sluice: Callable[..., Outcome], serve: Serve, engine: Engine, tmp_path: Path
+) -> None:
+    (tmp_path / "note.txt").write_text("Grüße")
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    with serve(lambda worker: worker.answer('{"name": "Ada"}')):
+        outcome = sluice(
+            *("submit", "draft", "--file", "note.txt", "--schema", "schema.json"),
+            *("--metadata", "lead=4711", "--metadata", "source=a=b"),
+            *("--reply-to", "crm-eu", "--request-id", "r-7"),
+        )
+    assert outcome == (0, '{"name": "Ada"}\n', "")
+    row = request_of(engine)
+    assert row.request["messages"][0]["content"][0]["text"] == "Grüße"
+    assert row.request["response_format"]["json_schema"] == schema
+    assert row.request["metadata"] == {"lead": "4711", "source": "a=b"}
+    assert (row.reply_to, row.request_id) == ("crm-eu", "r-7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("hello", "--file", "note.txt"), "given twice"),
+        (("--file", "nowhere.txt"), "nowhere.txt cannot be read: No such file"),
+        (("--file", "latin.txt"), "latin.txt is not UTF-8 text"),
+        (("hello", "--schema", "note.txt"), "note.txt is not JSON"),
+        (("hello", "--metadata", "lead"), "must be KEY=VALUE, not 'lead'"),
+        (("hello", "--reply-to", "no spaces"), "reply_to"),
+    ],
+)
+def test_submit_refuses_what_it_cannot_use(
+    sluice: Callable[..., Outcome],
+    engine: Engine,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    (tmp_path / "note.txt").write_text("hello")
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    outcome = sluice("submit", "draft", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("sluice: ")
+    assert outcome.err.count("\n") == 1
+    assert says in outcome.err
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM jobs").scalar() == 0
 
 
 def test_submit_prints_one_json_object(sluice: Callable[..., Outcome], serve: Serve) -> None:

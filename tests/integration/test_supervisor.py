@@ -188,6 +188,44 @@ def test_stop_is_bounded_by_the_grace(tmp_path: Path) -> None:
     assert 0.2 <= time.monotonic() - began < 5
 
 
+def test_a_child_may_have_a_shorter_grace_than_the_others(tmp_path: Path) -> None:
+    children = [
+        Child(name="polite", argv=python(SLEEP)),
+        Child(
+            name="deaf",
+            argv=python(IGNORES_SIGTERM),
+            ready=said(tmp_path, "deaf", "deaf"),
+            grace_s=0.1,
+        ),
+    ]
+    with Supervisor(children, grace_s=120, log_dir=tmp_path) as supervisor:
+        pids = supervisor.pids.values()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_child_that_is_not_vital_fails_alone(tmp_path: Path) -> None:
+    children = [
+        Child(name="good", argv=python(SLEEP)),
+        Child(name="bad", argv=python("import sys; sys.exit('the reason')"), vital=False),
+    ]
+    with Supervisor(
+        children,
+        grace_s=5,
+        log_dir=tmp_path,
+        restart_base_s=0.01,
+        restart_cap_s=0.01,
+        max_quick_failures=2,
+    ) as supervisor:
+
+        def failed_often() -> bool:
+            supervisor.poll()
+            log = tmp_path / "bad.log"
+            return log.exists() and log.read_text().count("starting again") > 3
+
+        eventually(failed_often)
+        assert "good" in supervisor.pids
+
+
 def test_lines_are_echoed_with_the_name_and_the_environment_is_passed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

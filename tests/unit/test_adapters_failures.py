@@ -13,6 +13,7 @@ from aiohttp.client_reqrep import ConnectionKey
 
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import build_spec
+from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Adapters, ProviderError
 from sluicegate.workers.providers.failures import (
     Fault,
@@ -111,7 +112,7 @@ def test_statuses(status: int, body: dict[str, Any] | None, error_class: ErrorCl
     assert fault.error_class is error_class
     assert fault.sent
     assert (fault.status, fault.request_id) == (status, "req_7")
-    assert sentence(fault, SPEC, "k").startswith(f"The openai provider answered {status}")
+    assert sentence(fault, SPEC, Secret("k")).startswith(f"The openai provider answered {status}")
 
 
 _KEY = ConnectionKey("api.example.com", 443, True, True, None, None, None)
@@ -181,7 +182,7 @@ def test_retry_after(headers: dict[str, str], wait_s: float | None) -> None:
 
 def said(words: str | None, key: str = "not-in-there") -> str:
     return sentence(
-        Fault(E.BAD_REQUEST, "the openai provider answered 400", words=words), SPEC, key
+        Fault(E.BAD_REQUEST, "the openai provider answered 400", words=words), SPEC, Secret(key)
     )
 
 
@@ -221,7 +222,7 @@ def test_a_short_prompt_is_not_repeated_either() -> None:
     fault = Fault(
         E.BAD_REQUEST, "the openai provider answered 400", words="cannot read '4711-B Keller'"
     )
-    assert "Keller" not in sentence(fault, spec, "")
+    assert "Keller" not in sentence(fault, spec, Secret(""))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_a_short_prompt_is_not_repeated_either() -> None:
 async def test_a_key_that_cannot_be_used(provider: Any, variable: str, key: str | None) -> None:
     adapters = Adapters(max_connections=1)
     with pytest.raises(ProviderError, match=variable) as caught:
-        adapters.get(provider, None, key)
+        adapters.get(provider, None, None if key is None else Secret(key))
     assert caught.value.error_class is E.AUTH
     assert not caught.value.sent
     assert not (key and key.strip() and key in str(caught.value))
@@ -241,6 +242,6 @@ async def test_a_key_that_cannot_be_used(provider: Any, variable: str, key: str 
 async def test_a_base_url_that_is_none(url: str) -> None:
     adapters = Adapters(max_connections=1)
     with pytest.raises(ProviderError, match="base_url") as caught:
-        adapters.get("openai", url, "a-key")
+        adapters.get("openai", url, Secret("a-key"))
     assert caught.value.error_class is E.NOT_FOUND
     assert not caught.value.sent

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+#: How long SIGKILL may take to show an effect.
+_REAP_S = 5.0
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -34,30 +37,62 @@ def spawn(
 
     The kernel sends death_signal when the *thread* that started the child ends (prctl(2)), so only
     the main thread may start one: RuntimeError elsewhere, instead of a death nobody can explain.
-    OSError when the program cannot be started.
+    OSError when the program cannot be started. An exception of a signal's handler, such as Ctrl-C's
+    KeyboardInterrupt, waits until the child is known, and then ends it.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("start child processes from the main thread: they die with their thread")
-    with warnings.catch_warnings():
-        # Python 3.12 and newer warn of any fork beside threads; the hook below only makes syscalls.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return subprocess.Popen(  # noqa: S603 - our own argument lists, and no shell
-            argv,
-            cwd=cwd,
-            env=env,
-            stdin=stdin,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            user=owner[0] if owner else None,
-            group=owner[1] if owner else None,
-            extra_groups=[] if owner else None,
-            preexec_fn=_death_hook(death_signal),  # noqa: PLW1509 - see the warning above
-        )
+    process = None
+    try:
+        # Raised in the middle of Popen, after its fork, it would leave a child that nobody knows.
+        # To block signals in this thread would not do: the others would take them, and Python runs
+        # the handler here all the same. And a child would inherit what is blocked.
+        with caught_signals(_handled_signals()) as caught, warnings.catch_warnings():
+            # Python 3.12 and newer warn of any fork beside threads; the hook only makes syscalls.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = subprocess.Popen(  # noqa: S603 - our own argument lists, and no shell
+                argv,
+                cwd=cwd,
+                env=env,
+                stdin=stdin,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                user=owner[0] if owner else None,
+                group=owner[1] if owner else None,
+                extra_groups=[] if owner else None,
+                preexec_fn=_death_hook(death_signal),  # noqa: PLW1509 - see the warning above
+            )
+        for number in dict.fromkeys(caught):
+            signal.raise_signal(number)
+    except BaseException:
+        if process is not None:
+            _discard(process)
+        raise
+    return process
+
+
+@contextmanager
+def caught_signals(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Collect these signals instead of dying of them. Main thread only."""
+    caught: list[int] = []
+
+    def catch(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in before:
+            signal.signal(number, catch)
+        yield caught
+    finally:
+        for number, handler in before.items():
+            with suppress(TypeError):  # None: a handler that was not set from Python
+                signal.signal(number, handler)
 
 
 def end(
-    process: subprocess.Popen[bytes], *steps: tuple[signal.Signals, float], reap_s: float = 5.0
+    process: subprocess.Popen[bytes], *steps: tuple[signal.Signals, float], reap_s: float = _REAP_S
 ) -> None:
     """End a child: send each signal and wait its seconds, then SIGKILL its whole group.
 
@@ -82,6 +117,19 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _handled_signals() -> list[int]:
+    """Return the signals whose handler is a function of Python's, which may raise."""
+    return [number for number in signal.valid_signals() if callable(signal.getsignal(number))]
+
+
+def _discard(process: subprocess.Popen[bytes]) -> None:
+    kill_group(process)
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    process.wait(_REAP_S)
 
 
 def _death_hook(death_signal: signal.Signals) -> Callable[[], None] | None:

@@ -119,6 +119,7 @@ class Sandbox:
                 wire=wire.name,
                 model=model[:MAX_MODEL_CHARS] if isinstance(model, str) else "",
                 request_id=request_id,
+                key=request.key,
             )
             call.status, body = wire.trouble(
                 refused.fault, request_id, refused.message, refused.param
@@ -133,7 +134,7 @@ class Sandbox:
             ask=ask,
             digest=digest,
             strike=strike,
-            call=self._begin(ask, digest, strike, request_id),
+            call=self._begin(ask, digest, strike, request_id, request.key),
             exchange=exchange,
             headers=headers,
             pace=self._pace,
@@ -141,7 +142,9 @@ class Sandbox:
             wheel=self._wheel,
         ).start()
 
-    def _begin(self, ask: Ask, digest: bytes, strike: Strike | None, request_id: str) -> Call:
+    def _begin(
+        self, ask: Ask, digest: bytes, strike: Strike | None, request_id: str, key: bytes
+    ) -> Call:
         return self._log.begin(
             wire=ask.wire,
             model=ask.model,
@@ -150,6 +153,7 @@ class Sandbox:
             digest=digest,
             last_user=ask.last_user,
             request_id=request_id,
+            key=key,
         )
 
     def _next_id(self) -> str:

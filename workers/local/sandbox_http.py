@@ -38,6 +38,8 @@ class Request:
     query: dict[str, str]
     body: bytes
     anthropic: bool
+    #: The key it came with; empty for none.
+    key: bytes
     keep_alive: bool
     too_large: bool
 
@@ -186,6 +188,7 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._anthropic = False
+        self._key = b""
         self._expects = False
 
     def on_url(self, url: bytes) -> None:
@@ -197,6 +200,8 @@ class Connection(asyncio.Protocol):
         name = name.lower()
         if name == b"anthropic-version":
             self._anthropic = True
+        elif name in (b"authorization", b"x-api-key"):
+            self._key = value.removeprefix(b"Bearer ")
         elif name == b"expect":
             self._expects = value.lower() == b"100-continue"
 
@@ -224,6 +229,7 @@ class Connection(asyncio.Protocol):
             query=dict(parse_qsl(query)) if query else {},
             body=b"".join(self._body),
             anthropic=self._anthropic,
+            key=self._key,
             keep_alive=self._parser.should_keep_alive(),
             too_large=self._body_bytes > MAX_BODY_BYTES,
         )

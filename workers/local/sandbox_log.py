@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,8 @@ class Call:
     digest: bytes
     prompt_tail: str
     request_id: str
+    #: Tells calls with one key from those with another, and is none itself.
+    key_sha256: str
     started_at: float
     #: HTTP status sent; None if none was.
     status: int | None = None
@@ -55,6 +58,7 @@ class Call:
             "prompt_sha256": self.digest.hex(),
             "prompt_tail": self.prompt_tail,
             "request_id": self.request_id,
+            "key_sha256": self.key_sha256,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
             "client_gone": self.client_gone,
@@ -91,6 +95,7 @@ class CallLog:
         fault: str | None = None,
         digest: bytes = b"",
         last_user: str = "",
+        key: bytes = b"",
     ) -> Call:
         """Enter a call that has arrived; `seq` grows by one a call and never starts again."""
         self._last_seq += 1
@@ -103,6 +108,7 @@ class CallLog:
             digest=digest,
             prompt_tail=_printable(last_user[-PROMPT_TAIL_CHARS:]),
             request_id=request_id,
+            key_sha256=sha256(key).hexdigest(),
             started_at=time.time(),
         )
         self._kept.append(call)

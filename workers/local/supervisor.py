@@ -7,21 +7,21 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO, Self
 
 from sluicegate.shared.errors import SluiceError
-from sluicegate.workers.local.processes import kill_group, spawn
+from sluicegate.workers.local.processes import caught_signals, kill_group, spawn
 
 _POLL_S = 0.05
 _LINE_BYTES = 65_536  # a longer line is cut into several
 _LOG_BYTES = 20_000_000  # a log file is turned over above this
 _LAST_WORDS = 3
+_MOST_DOUBLINGS = 20  # of the wait before a restart; a child that is not vital may fail for ever
 _COLOURS = (36, 33, 35, 32, 34, 31)  # ANSI foregrounds
 
 
@@ -50,6 +50,10 @@ class Child:
     ready: Callable[[], bool] | None = None
     #: Lower stages are started, and ready, before higher ones, and stopped after them.
     stage: int = 0
+    #: What it has between SIGTERM and SIGKILL, where that is less than the supervisor's grace.
+    grace_s: float = float("inf")
+    #: Whether the others end when it cannot be kept running.
+    vital: bool = True
 
 
 class Supervisor:
@@ -122,16 +126,17 @@ class Supervisor:
     def poll(self) -> None:
         """Restart what has ended and is due; call it a few times a second.
 
-        Raises ChildFailedError when a child keeps failing; the others still run.
+        Raises ChildFailedError when a vital child keeps failing; the others still run.
         """
         now = time.monotonic()
         for run in self._runs():
             if run.process is not None and run.process.poll() is not None:
                 quick = now - run.started_at < self._stable_s
                 run.failures = run.failures + 1 if quick else 1
-                if run.failures >= self._max_quick_failures:
+                if run.child.vital and run.failures >= self._max_quick_failures:
                     raise run.failure(f"failed {run.failures} times in a row")
-                wait_s = min(self._restart_cap_s, self._restart_base_s * 2 ** (run.failures - 1))
+                doublings = min(run.failures - 1, _MOST_DOUBLINGS)
+                wait_s = min(self._restart_cap_s, self._restart_base_s * 2**doublings)
                 run.output.note(f"{run.how_it_ended()}; starting again in {wait_s:g} s")
                 run.process, run.restart_at = None, now + wait_s
             elif run.process is None and now >= run.restart_at:
@@ -143,7 +148,7 @@ class Supervisor:
         0 after an orderly stop. A second signal kills them at once: 128 + that signal.
         Raises ChildFailedError, with all children stopped, when one keeps failing.
         """
-        with _caught_signals() as caught:
+        with caught_signals((signal.SIGINT, signal.SIGTERM)) as caught:
             try:
                 while not caught:
                     self.poll()
@@ -190,20 +195,19 @@ class Supervisor:
     def _stop(self, *, hurry: Callable[[], bool]) -> None:
         try:
             for stage in reversed(self._stages):
-                running = [run.process for run in stage if run.process is not None]
-                for process in running:
-                    process.terminate()
-                deadline = time.monotonic() + self._grace_s
-                while any(process.poll() is None for process in running):
-                    if hurry() or time.monotonic() > deadline:
-                        break
+                for run in stage:
+                    run.terminate()
+                began = time.monotonic()
+                while not hurry() and any(
+                    run.runs() and time.monotonic() < began + min(run.child.grace_s, self._grace_s)
+                    for run in stage
+                ):
                     time.sleep(_POLL_S)
-                for process in running:
-                    kill_group(process)
+                for run in stage:
+                    run.kill()
         finally:
             for run in self._runs():
-                if run.process is not None:
-                    kill_group(run.process)
+                run.kill()
             for run in self._runs():
                 run.bury()
 
@@ -238,6 +242,14 @@ class _Run:
 
     def runs(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    def terminate(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            kill_group(self.process)
 
     def bury(self) -> None:
         """Reap it after its death, and read what it said last."""
@@ -322,20 +334,3 @@ class _Output:
             full = log.tell() > _LOG_BYTES
         if full:
             path.replace(path.with_suffix(".log.1"))
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them."""
-    caught: list[int] = []
-
-    def catch(signum: int, _frame: FrameType | None) -> None:
-        caught.append(signum)
-
-    before = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            with suppress(TypeError):  # None: a handler that was not set from Python
-                signal.signal(signum, handler)

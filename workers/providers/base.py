@@ -13,16 +13,13 @@ from urllib.parse import urlsplit
 from sluicegate.shared.errors import ErrorClass, SluiceError
 from sluicegate.shared.jobs import JobSpec
 from sluicegate.shared.messages import ToolCallPart, Usage
+from sluicegate.shared.provider_keys import KEY_VARIABLES, is_sendable
+from sluicegate.shared.secrets import Secret
 
 ProviderKind = Literal["openai", "anthropic"]
 
-#: Where a missing key is looked for, to be named in the error.
-KEY_VARIABLES: Final[dict[ProviderKind, str]] = {
-    "openai": "OPENAI_API_KEY",
-    "anthropic": "ANTHROPIC_API_KEY",
-}
 #: Sent where no key is set and the provider is on this machine.
-SANDBOX_KEY: Final = "sandbox"
+SANDBOX_KEY: Final = Secret("sandbox")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +146,10 @@ class Adapter(Protocol):
         ...
 
 
+#: Wire, endpoint and key.
+_Identity = tuple[ProviderKind, str | None, Secret]
+
+
 class Adapters:
     """The adapters of a process: one for each endpoint and key, made when first used.
 
@@ -162,17 +163,19 @@ class Adapters:
     def __init__(self, *, max_connections: int, max_adapters: int = 256) -> None:
         self._max_connections = max_connections
         self._max_adapters = max_adapters
-        self._adapters: OrderedDict[tuple[ProviderKind, str | None, str], Adapter] = OrderedDict()
+        self._adapters: OrderedDict[_Identity, Adapter] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
 
-    def get(self, provider: ProviderKind, base_url: str | None, api_key: str | None) -> Adapter:
+    def get(self, provider: ProviderKind, base_url: str | None, api_key: Secret | None) -> Adapter:
         """Return the adapter for this endpoint; `base_url` None is the provider's official one.
 
         Raises ProviderError, never sent: `auth` when there is no usable key (one is not needed on
         this machine's own addresses), `not_found` when `base_url` is no URL.
         """
         local = base_url is not None and _is_loopback(base_url)
-        key = (api_key or "").strip() or (SANDBOX_KEY if local else "")
+        key = Secret(api_key.get_secret_value().strip() if api_key else "")
+        if local and not key:
+            key = SANDBOX_KEY
         identity = (provider, base_url, key)
         adapter = self._adapters.get(identity)
         if adapter is None:
@@ -190,7 +193,7 @@ class Adapters:
         await asyncio.gather(*(adapter.close() for adapter in adapters), *self._closing)
 
     def _make(
-        self, provider: ProviderKind, base_url: str | None, key: str, *, local: bool
+        self, provider: ProviderKind, base_url: str | None, key: Secret, *, local: bool
     ) -> Adapter:
         # Imported here because an SDK takes a second to import, and a pool needs only its own.
         if provider == "openai":
@@ -246,18 +249,18 @@ def _check_url(provider: ProviderKind, base_url: str | None) -> None:
         )
 
 
-def _check_key(provider: ProviderKind, key: str) -> None:
-    variable = KEY_VARIABLES[provider]
+def _check_key(provider: ProviderKind, key: Secret) -> None:
     if not key:
         raise ProviderError(
-            f"There is no {provider} key: set {variable}, or a key on the provider row.",
+            f"There is no {provider} key: set {KEY_VARIABLES[provider]}, or run "
+            f"`sluice secrets set {provider}`; a provider with a base_url needs a key of its own.",
             error_class=ErrorClass.AUTH,
             sent=False,
         )
-    if not (key.isascii() and key.isprintable()):
+    if not is_sendable(key):
         raise ProviderError(
-            f"The {provider} key holds characters that cannot be sent: check {variable} "
-            "or the key on the provider row.",
+            f"The {provider} key holds characters that cannot be sent: check "
+            f"{KEY_VARIABLES[provider]}, or run `sluice secrets set {provider}` again.",
             error_class=ErrorClass.AUTH,
             sent=False,
         )

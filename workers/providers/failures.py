@@ -20,6 +20,7 @@ import httpx2
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import JobSpec
 from sluicegate.shared.messages import TextPart, ToolResultPart
+from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.decoding import load_json
 
 #: What may escape from the SDKs' HTTP client besides the SDKs' own exceptions.
@@ -241,7 +242,7 @@ def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) ->
     return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
 
 
-def sentence(fault: Fault, spec: JobSpec, api_key: str) -> str:
+def sentence(fault: Fault, spec: JobSpec, api_key: Secret) -> str:
     """Say what happened in one sentence that may be stored, logged and shown.
 
     The provider's own words are added unless they repeat a piece of the request; whatever looks
@@ -249,7 +250,9 @@ def sentence(fault: Fault, spec: JobSpec, api_key: str) -> str:
     """
     what = fault.what[0].upper() + fault.what[1:]
     words = " ".join((fault.words or "").split())
-    words = _KEY_LIKE.sub("[key]", words.replace(api_key, "[key]") if len(api_key) > 7 else words)
+    if len(api_key) > 7:
+        words = words.replace(api_key.get_secret_value(), "[key]")
+    words = _KEY_LIKE.sub("[key]", words)
     words = words.split(". ")[0].rstrip(".")
     if not words:
         return f"{what} ({fault.error_class.replace('_', ' ')})."

@@ -26,6 +26,7 @@ from sluicegate.shared.messages import (
     ToolResultPart,
     Usage,
 )
+from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Call
 from sluicegate.workers.providers.decoding import count, load_json, mapping, string
 from sluicegate.workers.providers.failures import (
@@ -48,11 +49,11 @@ class OpenAIAdapter(HttpAdapter):
     """Speaks to one endpoint with one key."""
 
     def __init__(
-        self, *, base_url: str | None, api_key: str, max_connections: int, use_proxy: bool = True
+        self, *, base_url: str | None, api_key: Secret, max_connections: int, use_proxy: bool = True
     ) -> None:
         super().__init__(provider=_PROVIDER, api_key=api_key, max_connections=max_connections)
         self._client = openai.AsyncOpenAI(
-            api_key=api_key,
+            api_key=api_key.get_secret_value(),
             base_url=base_url or OFFICIAL_URL,
             max_retries=0,  # an attempt is paid: only the job decides on another
             http_client=openai.DefaultAioHttpClient(

@@ -23,6 +23,7 @@ import httpx2
 import orjson
 
 from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Answer, Call, DeltaSink, ProviderError
 from sluicegate.workers.providers.decoding import load_json
 from sluicegate.workers.providers.failures import (
@@ -59,7 +60,7 @@ def tls_context() -> ssl.SSLContext:
 class HttpAdapter(ABC):
     """Makes calls; a subclass knows its SDK and its wire. `provider` is its name in messages."""
 
-    def __init__(self, *, provider: str, api_key: str, max_connections: int) -> None:
+    def __init__(self, *, provider: str, api_key: Secret, max_connections: int) -> None:
         self._provider = provider
         self._api_key = api_key
         self._max_connections = max_connections

@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-import orjson
-
 from sluicegate.shared.celery_app import JobMessage
+from sluicegate.shared.endings import terminal_payload
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.queues import parse_queue
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.statements import Database
-
-#: The result of a job `j` that ends in `state` without an answer, as a JSON object.
-ENDED_BODY = """json_build_object(
-    'version', 1, 'job_id', j.id, 'state', {state}, 'use_case', j.use_case,
-    'cost_nano_usd', j.cost_nano_usd, 'attempts', j.attempts_used,
-    'error', json_build_object('error_class', {error_class}, 'message', {message}))"""
 
 
 async def tell(replies: Replies, rows: Sequence[Any]) -> None:
@@ -28,13 +21,7 @@ async def tell(replies: Replies, rows: Sequence[Any]) -> None:
         *(
             replies.end(
                 replies.channel(row.id, row.fence),
-                orjson.dumps(
-                    {
-                        "type": "completed" if row.body["state"] == "succeeded" else "failed",
-                        "result": row.body
-                        | {"created_at": row.created_at, "finished_at": row.finished_at},
-                    }
-                ),
+                terminal_payload(row.body, row.created_at, row.finished_at),
             )
             for row in rows
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from sluicegate.shared.endings import ENDED_BODY
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.statements import Database
-from sluicegate.workers.sweep.endings import ENDED_BODY, tell
+from sluicegate.workers.sweep.endings import tell
 
 _BATCH = 500
 

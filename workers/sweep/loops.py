@@ -25,12 +25,15 @@ from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.queues import POOLS, STAGE_CHANNEL, queue_name
 from sluicegate.shared.redis_client import make_async_redis
+from sluicegate.shared.reply_channels import OUTBOX_CHANNEL
 from sluicegate.shared.settings import Settings
 from sluicegate.shared.tables import use_cases
 from sluicegate.workers.journal import Journal
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settled, Settlement
 from sluicegate.workers.statements import Database
+from sluicegate.workers.sweep.canceller import Canceller
+from sluicegate.workers.sweep.deliverer import Deliverer
 from sluicegate.workers.sweep.endings import tell_settled
 from sluicegate.workers.sweep.expirer import Expirer
 from sluicegate.workers.sweep.republisher import Republisher
@@ -38,6 +41,9 @@ from sluicegate.workers.sweep.rescuer import Rescuer
 from sluicegate.workers.sweep.stager import Stager
 
 log = logging.getLogger(__name__)
+
+#: How long results gather before they are delivered.
+_GATHER_S = 0.02
 
 
 class Sweep:
@@ -49,13 +55,15 @@ class Sweep:
         self._engine = make_async_engine(settings, application_name="sluice sweep")
         self._db = Database(settings, application_name="sluice sweep", size=4, planner=BY_SIZE)
         self._redis = make_async_redis(settings)
-        self._woken = asyncio.Event()
+        #: What wakes a loop before its time, by the Postgres channel on which it is said.
+        self._woken = {name: asyncio.Event() for name in (STAGE_CHANNEL, OUTBOX_CHANNEL)}
         self._replies = Replies(settings, self._redis)
         self._journal = Journal(client=self._redis, prefix=settings.redis_prefix)
         self._rescuer = Rescuer(
             db=self._db, replies=self._replies, dead_after_s=settings.dead_after_s
         )
         self._expirer = Expirer(db=self._db, replies=self._replies)
+        self._canceller = Canceller(db=self._db)
         self._stager = Stager(
             db=self._db,
             ahead_jobs=settings.stage_ahead_jobs,
@@ -68,6 +76,12 @@ class Sweep:
             lost_after_s=settings.lost_after_s,
             chunk_size=settings.chunk_size,
         )
+        self._deliverer = Deliverer(
+            db=self._db,
+            client=self._redis,
+            prefix=settings.redis_prefix,
+            channel_max=settings.reply_channel_max,
+        )
 
     async def run(self) -> None:
         """Sweep until cancelled; raises at once if the schema is not this version's."""
@@ -77,9 +91,13 @@ class Sweep:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._listen())
                 group.create_task(self._loop("rescue", self.rescue))
-                group.create_task(self._loop("stage", self.stage, wake=self._woken))
+                group.create_task(self._loop("stage", self.stage, wake=self._woken[STAGE_CHANNEL]))
                 group.create_task(self._loop("republish", self.republish))
                 group.create_task(self._loop("expire", self.expire))
+                group.create_task(self._loop("cancel", self.cancel))
+                group.create_task(
+                    self._loop("deliver", self.deliver, wake=self._woken[OUTBOX_CHANNEL])
+                )
         finally:
             await self.close()
 
@@ -107,6 +125,17 @@ class Sweep:
     async def expire(self) -> None:
         """End what waited past its deadline."""
         await self._expirer.round()
+
+    async def deliver(self) -> None:
+        """Bring results to the shared reply channels."""
+        # Results that end at about the same time are delivered together.
+        await asyncio.sleep(_GATHER_S)
+        if await self._deliverer.round():
+            self._woken[OUTBOX_CHANNEL].set()
+
+    async def cancel(self) -> None:
+        """Cancel what waits in cancelled batches."""
+        await self._canceller.round()
 
     async def _book_journal(self) -> None:
         try:
@@ -154,7 +183,7 @@ class Sweep:
             wake.clear()
 
     async def _listen(self) -> None:
-        """Wake the stager when a producer has committed; polling covers what this misses."""
+        """Wake loops when somebody has committed work for them; polling covers what is missed."""
         dsn, options = connect_options(self._settings, "sluice sweep listen", ())
         while True:
             try:
@@ -162,9 +191,10 @@ class Sweep:
                     dsn, autocommit=True, **options
                 )
                 async with connection:
-                    await connection.execute(f"LISTEN {STAGE_CHANNEL}")
-                    async for _ in connection.notifies():
-                        self._woken.set()
+                    for name in self._woken:
+                        await connection.execute(f"LISTEN {name}")
+                    async for notice in connection.notifies():
+                        self._woken[notice.channel].set()
             except (psycopg.Error, OSError) as error:
                 log.warning("sweep: not listening (%s)", type(error).__name__)
             await asyncio.sleep(self._settings.sweep_interval_s)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sluicegate.shared.celery_app import JobMessage
+from sluicegate.shared.endings import ENDED_BODY
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.statements import DATABASE_ERRORS, Database
-from sluicegate.workers.sweep.endings import ENDED_BODY, single_messages, tell
+from sluicegate.workers.sweep.endings import single_messages, tell
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,530 @@
+"""Reading a shared reply channel as a member of a consumer group.
+
+with Sluice() as sluice, sluice.replies("crm-eu", "crm") as replies:
+    for reply in replies:
+        store(reply.metadata, reply.result)
+        reply.ack()
+
+`Channel` decides what to ask Redis next and what the answer means, without I/O; `Replies` does it
+for threads, `AsyncReplies` for an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import re
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from enum import Enum, auto
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+from uuid import UUID, uuid4
+
+import orjson
+import redis
+import redis.asyncio
+from pydantic import TypeAdapter, ValidationError
+from tenacity import (
+    AsyncRetrying,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from sluicegate.shared.errors import InvalidJob, QueueUnavailable
+from sluicegate.shared.events import ChannelName
+from sluicegate.shared.jobs import Result
+from sluicegate.shared.redis_client import make_async_redis, make_redis
+from sluicegate.shared.reply_channels import JOB_FIELD, REPLY_FIELD, channel_key
+from sluicegate.shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_NAME: TypeAdapter[str] = TypeAdapter(ChannelName)
+
+#: Replies that one read fetches, unless the caller says otherwise, and at most.
+BATCH: Final = 20
+_BATCH_MAX: Final = 1000
+#: A read blocks this long at most: then it is time to look for replies that others left, or to end.
+_BLOCK_S: Final = 2.0
+#: An entry that cannot be read is left to other consumers, which may be newer, so many times.
+_UNREADABLE_TRIES: Final = 5
+#: While Redis is away: the longest pause between two tries, and how often that is said.
+_PAUSE_S: Final = 2.0
+_SAY_S: Final = 60.0
+
+_AWAY: Final = (redis.RedisError, OSError)
+_ACK: Final[dict[str, Any]] = {
+    "retry": retry_if_exception_type(_AWAY),
+    "stop": stop_after_delay(15),
+    "wait": wait_random_exponential(multiplier=0.05, max=1),
+    "reraise": True,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """A terminal result, as it came through a channel."""
+
+    #: Id of the entry: the same whenever it comes again.
+    id: str
+    result: Result = field(hash=False)
+    #: What the submitter gave the job.
+    metadata: Mapping[str, str] = field(hash=False)
+    idempotency_key: str | None
+    request_id: str | None
+    #: How often the group was given it, this time included.
+    deliveries: int
+
+    @property
+    def job_id(self) -> UUID:
+        """The job that ended."""
+        return self.result.job_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply(Delivery):
+    """A terminal result from a shared channel: the answer or the error, and what it cost."""
+
+    _ack: Callable[[str], None] = field(repr=False, compare=False)
+
+    def ack(self) -> None:
+        """Say that it is done: the group does not get it again. May be said twice.
+
+        Raises `QueueUnavailable` if Redis does not take it; the reply will then come again.
+        """
+        self._ack(self.id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsyncReply(Delivery):
+    """As `Reply`; its `ack` is awaited."""
+
+    _ack: Callable[[str], Awaitable[None]] = field(repr=False, compare=False)
+
+    async def ack(self) -> None:
+        """As `Reply.ack`."""
+        await self._ack(self.id)
+
+
+class _Phase(Enum):
+    """What Redis is asked for, in this order; the last two take turns."""
+
+    GROUP = auto()  # that there is the group
+    OWN = auto()  # what this consumer was given before and has not acknowledged
+    LEFT = auto()  # what any consumer was given long ago and has not acknowledged
+    NEW = auto()  # what no consumer of the group was given
+
+
+class Call(NamedTuple):
+    """One command: a method that both of redis-py's clients have, and what it is given."""
+
+    method: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Channel:
+    """A consumer's view of a channel: what to ask Redis next, and what came. No I/O.
+
+    Each `plan` is followed by `accept` with the answer, or by `failed`. Times are on the monotonic
+    clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        channel: str,
+        group: str,
+        consumer: str | None,
+        redeliver_after_s: object,
+        batch: object,
+    ) -> None:
+        self.name = _check_name("channel", channel)
+        self.group = _check_name("group", group)
+        self.consumer = _check_name("consumer", _own_name() if consumer is None else consumer)
+        self.key = settings.redis_prefix + channel_key(self.name)
+        if not isinstance(redeliver_after_s, int | float) or not 0 < redeliver_after_s < 1e9:
+            raise InvalidJob("redeliver_after_s", "must be a number of seconds above 0")
+        if not isinstance(batch, int) or not 1 <= batch <= _BATCH_MAX:
+            raise InvalidJob("batch", f"must be a number from 1 to {_BATCH_MAX}")
+        self._redeliver_after_s = float(redeliver_after_s)
+        self._batch = batch
+        # Well inside the time after which the client takes a silent connection for a dead one.
+        self._block_s = min(_BLOCK_S, settings.command_timeout_s / 2, self._redeliver_after_s / 4)
+        self._look_at = 0.0
+        self._ready: deque[tuple[float, Delivery]] = deque()
+        #: What this process was given and has not acknowledged, and when, the oldest first.
+        self._held: dict[str, float] = {}
+        self._unreadable: list[str] = []
+        self._failures = 0
+        self._said_at = -_SAY_S
+        self._begin(_Phase.GROUP)
+
+    def _begin(self, phase: _Phase) -> None:
+        self._phase = phase
+        #: Pending entries, and how often they were given: looked up, and to be taken next.
+        self._found: dict[bytes, int] = {}
+        self._from = "-"
+
+    def take(self, now: float) -> Delivery | None:
+        """Return the next delivery that is here; None if Redis is to be asked."""
+        while self._ready:
+            since, delivery = self._ready.popleft()
+            # What has waited here for too long may be another consumer's by now. If it is not, it
+            # comes again.
+            if now - since < self._redeliver_after_s:
+                return delivery
+        return None
+
+    def acknowledged(self, entry: str) -> None:
+        """Note that the group does not get this entry again."""
+        self._held.pop(entry, None)
+
+    def plan(self, now: float, left_s: float | None) -> Call:
+        """Return what to ask Redis now; it blocks for `left_s` at most."""
+        if self._unreadable:
+            return Call("xack", (self.key, self.group, *self._unreadable), {})
+        if self._phase is _Phase.NEW and now >= self._look_at:
+            self._begin(_Phase.LEFT)
+        group = (self.key, self.group)
+        idle_ms = max(1, round(self._redeliver_after_s * 1000)) if self._phase is _Phase.LEFT else 0
+        if self._found:
+            # Of two consumers that found the same, one gets it: for the other it is not idle.
+            return Call("xclaim", (*group, self.consumer, idle_ms, list(self._found)), {})
+        match self._phase:
+            case _Phase.GROUP:
+                return Call("xgroup_create", (*group, "0"), {"mkstream": True})
+            case _Phase.OWN:
+                own = {"consumername": self.consumer}
+                return Call("xpending_range", (*group, self._from, "+", self._batch), own)
+            case _Phase.LEFT:
+                left = {"idle": idle_ms}
+                return Call("xpending_range", (*group, self._from, "+", self._batch), left)
+            case _Phase.NEW:
+                block_s = self._block_s if left_s is None else min(self._block_s, left_s)
+                # 0 would block for ever.
+                options = {"count": self._batch, "block": round(block_s * 1000) or None}
+                return Call("xreadgroup", (self.group, self.consumer, {self.key: ">"}), options)
+
+    def accept(self, answer: Any, now: float) -> bool:
+        """Take in what Redis answered; return whether it has nothing more just now."""
+        self._failures = 0
+        if self._unreadable:
+            self._unreadable = []
+        elif self._found:
+            for entry, values in answer:
+                self._add(entry, values, self._found.get(entry, 0) + 1, now)
+            self._found = {}
+        elif self._phase is _Phase.GROUP:
+            self._begin(_Phase.OWN)
+        elif self._phase is _Phase.NEW:
+            entries = [one for _, found in answer for one in found]
+            for entry, values in entries:
+                self._add(entry, values, 1, now)
+            return not entries
+        elif answer:
+            self._accept_pending(answer)
+        else:
+            self._forget_held(now)
+            self._look_at = now + self._redeliver_after_s / 4
+            self._begin(_Phase.LEFT if self._phase is _Phase.OWN else _Phase.NEW)
+        return False
+
+    def _accept_pending(self, found: list[dict[str, Any]]) -> None:
+        self._from = f"({found[-1]['message_id'].decode()}"
+        own = self._phase is _Phase.OWN
+        self._found = {
+            one["message_id"]: one["times_delivered"]
+            for one in found
+            # What this process has in hand is not given twice.
+            if not (own and one["message_id"].decode() in self._held)
+        }
+
+    def _forget_held(self, now: float) -> None:
+        """Forget what was held for so long that any consumer may be given it."""
+        for entry, since in list(self._held.items()):
+            if now - since < self._redeliver_after_s:
+                return
+            self._held.pop(entry, None)
+
+    def _add(
+        self, entry: bytes, values: dict[bytes, bytes] | None, deliveries: int, now: float
+    ) -> None:
+        name = entry.decode()
+        try:
+            delivery = _read(name, values or {}, deliveries)
+        except (KeyError, TypeError, ValueError):
+            last = deliveries >= _UNREADABLE_TRIES
+            log.error(
+                "entry %s of reply channel %s (job %s) cannot be read by this version%s",
+                name,
+                self.name,
+                (values or {}).get(JOB_FIELD, b"?").decode(errors="replace"),
+                ", and is left out: `sluice job show` has its result" if last else "",
+            )
+            if last:
+                self._unreadable.append(name)
+            return
+        self._held.pop(name, None)
+        self._held[name] = now
+        self._ready.append((now, delivery))
+
+    def failed(self, error: BaseException, now: float) -> float:
+        """Note that there is no answer; return the seconds to wait before the next try."""
+        text = str(error)
+        if self._phase is _Phase.GROUP and "BUSYGROUP" in text:
+            self._begin(_Phase.OWN)
+            return 0.0
+        if "NOGROUP" in text or "UNBLOCKED" in text:
+            # Redis has lost its data: what is not acknowledged comes anew.
+            self._begin(_Phase.GROUP)
+            self._ready.clear()
+            self._held.clear()
+        elif self._phase is not _Phase.GROUP:
+            # The answer that was lost may have given entries to this consumer.
+            self._begin(_Phase.OWN)
+        self._failures += 1
+        if now - self._said_at >= _SAY_S:
+            self._said_at = now
+            log.warning("reply channel %s cannot be read just now: %s", self.name, text)
+        longest_s = min(_PAUSE_S, 0.05 * 2.0 ** min(self._failures, 10))
+        return longest_s * random.uniform(0.5, 1)  # noqa: S311 - it only spreads the tries
+
+
+def _read(entry: str, values: Mapping[bytes, bytes], deliveries: int) -> Delivery:
+    found = orjson.loads(values[REPLY_FIELD])
+    ended = {name: found[name] for name in ("state", "created_at", "finished_at")}
+    return Delivery(
+        id=entry,
+        result=Result.model_validate(
+            {**found["result"], **ended, "job_id": values[JOB_FIELD].decode()}
+        ),
+        metadata=found["metadata"] or {},
+        idempotency_key=found["idempotency_key"],
+        request_id=found["request_id"],
+        deliveries=deliveries,
+    )
+
+
+def _values(delivery: Delivery) -> dict[str, Any]:
+    return {one.name: getattr(delivery, one.name) for one in fields(Delivery)}
+
+
+def _check_name(name: str, value: object) -> str:
+    try:
+        return _NAME.validate_python(value, strict=True)
+    except ValidationError:
+        raise InvalidJob(
+            name,
+            "must be 1 to 128 letters, digits, or . _ : -, with a letter or a digit first",
+        ) from None
+
+
+def _own_name() -> str:
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64].lstrip(".-")
+    return f"{host or 'host'}-{os.getpid()}-{uuid4().hex[:8]}"
+
+
+def _not_taken(error: BaseException) -> QueueUnavailable:
+    return QueueUnavailable(f"Redis did not take the ack, so the reply will come again: {error}")
+
+
+class Replies(Iterator[Reply]):
+    """The replies of a channel for one consumer, as they come; made by `Sluice.replies`.
+
+    Threads may share one. It holds a connection to Redis of its own while it is read, beside those
+    of the client. `close` may be called from any thread, and from a signal handler: iterating ends
+    within two seconds, and what was given out can still be acknowledged.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        settings: Settings,
+        client: Callable[[], redis.Redis],
+        timeout: float | None,
+    ) -> None:
+        self._channel = channel
+        self._timeout = timeout
+        #: Acks go through the client's own connections: this one may be blocked.
+        self._acks = client
+        # A command that is repeated in secret would hide that an answer was lost.
+        self._client = make_redis(settings, pool_size=1, repeats=0)
+        self._reading = threading.Lock()
+        self._over = threading.Event()
+
+    @property
+    def consumer(self) -> str:
+        """The name under which the group knows this consumer."""
+        return self._channel.consumer
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Reply:
+        """Wait for the next reply; the iteration ends with `timeout` or `close`."""
+        with self._reading:
+            delivery = self._next()
+        if self._over.is_set():
+            self._disconnect()
+        if delivery is None:
+            raise StopIteration
+        return Reply(**_values(delivery), _ack=self._acknowledge)
+
+    def close(self) -> None:
+        """End the iteration. What was not acknowledged comes again, to this group."""
+        self._over.set()
+        self._disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _next(self) -> Delivery | None:
+        channel = self._channel
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while not self._over.is_set():
+            now = time.monotonic()
+            if delivery := channel.take(now):
+                return delivery
+            left_s = None if deadline is None else max(0.0, deadline - now)
+            call = channel.plan(now, left_s)
+            try:
+                answer = getattr(self._client, call.method)(*call.args, **call.options)
+                dry = channel.accept(answer, time.monotonic())
+            except _AWAY as error:
+                pause_s = channel.failed(error, time.monotonic())
+                dry = pause_s > 0
+                self._over.wait(pause_s if left_s is None else min(pause_s, left_s))
+            except BaseException as error:
+                channel.failed(error, time.monotonic())
+                raise
+            if dry and left_s == 0:
+                return None
+        return None
+
+    def _acknowledge(self, entry: str) -> None:
+        channel = self._channel
+        try:
+            Retrying(**_ACK)(lambda: self._acks().xack(channel.key, channel.group, entry))
+        except _AWAY as error:
+            raise _not_taken(error) from error
+        channel.acknowledged(entry)
+
+    def _disconnect(self) -> None:
+        # Whoever reads does it when it ends.
+        if self._reading.acquire(blocking=False):
+            try:
+                self._client.connection_pool.disconnect()
+            finally:
+                self._reading.release()
+
+
+class AsyncReplies(AsyncIterator[AsyncReply]):
+    """As `Replies`, for an event loop; made by `AsyncSluice.replies`."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        settings: Settings,
+        client: Callable[[], redis.asyncio.Redis],
+        timeout: float | None,
+    ) -> None:
+        self._channel = channel
+        self._timeout = timeout
+        #: Acks go through the client's own connections: this one may be blocked.
+        self._acks = client
+        # A command that is repeated in secret would hide that an answer was lost.
+        self._client = make_async_redis(settings, pool_size=1, repeats=0)
+        self._reading = asyncio.Lock()
+        self._over = asyncio.Event()
+
+    @property
+    def consumer(self) -> str:
+        """The name under which the group knows this consumer."""
+        return self._channel.consumer
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AsyncReply:
+        """Wait for the next reply; the iteration ends with `timeout` or `close`."""
+        async with self._reading:
+            delivery = await self._next()
+        if delivery is None:
+            raise StopAsyncIteration
+        return AsyncReply(**_values(delivery), _ack=self._acknowledge)
+
+    async def close(self) -> None:
+        """End the iteration. What was not acknowledged comes again, to this group."""
+        self._over.set()
+        async with self._reading:
+            await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _next(self) -> Delivery | None:
+        channel = self._channel
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while not self._over.is_set():
+            now = time.monotonic()
+            if delivery := channel.take(now):
+                return delivery
+            left_s = None if deadline is None else max(0.0, deadline - now)
+            call = channel.plan(now, left_s)
+            try:
+                answer = await getattr(self._client, call.method)(*call.args, **call.options)
+                dry = channel.accept(answer, time.monotonic())
+            except _AWAY as error:
+                pause_s = channel.failed(error, time.monotonic())
+                dry = pause_s > 0
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s if left_s is None else min(pause_s, left_s)):
+                        await self._over.wait()
+            except BaseException as error:
+                channel.failed(error, time.monotonic())
+                raise
+            if dry and left_s == 0:
+                return None
+        return None
+
+    async def _acknowledge(self, entry: str) -> None:
+        channel = self._channel
+
+        async def ack() -> None:
+            await self._acks().xack(channel.key, channel.group, entry)
+
+        try:
+            await AsyncRetrying(**_ACK)(ack)
+        except _AWAY as error:
+            raise _not_taken(error) from error
+        channel.acknowledged(entry)

@@ -1,0 +1,144 @@
+"""What commands show of provider rows."""
+
+# What takes long to import is imported once there is something to show.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sluicegate.shared.connecting import connection
+from sluicegate.shared.errors import UnknownPrice
+from sluicegate.shared.settings import get_settings
+from sluicegate.shared.terminal import moment, note, print_json
+
+if TYPE_CHECKING:
+    from sluicegate.shared.catalogue import Provider
+    from sluicegate.shared.provider_changes import ProviderEntry
+
+
+def entries() -> list[tuple[ProviderEntry, str]]:
+    """Return all rows, and where the key of each comes from; empty: there is none."""
+    from sluicegate.shared.catalogue import read
+    from sluicegate.shared.provider_changes import list_providers
+    from sluicegate.shared.provider_keys import choose_key, environment_key
+
+    settings = get_settings()
+    with connection() as line:
+        keys = read(line).keys
+        listed = list_providers(line)
+
+    def source(row: Provider) -> str:
+        key = choose_key(row, row.account_id, keys, environment_key(settings, row.provider))
+        return "" if key is None else key.source.value
+
+    return [(entry, source(entry.provider)) for entry in listed]
+
+
+def find(
+    name: str, account: str | None, *, or_everybodys: bool = False
+) -> tuple[ProviderEntry, str]:
+    """Return a row as `entries` does; raise NotFound."""
+    from sluicegate.shared.accounts import account_id_of
+    from sluicegate.shared.provider_changes import no_provider
+
+    with connection() as line:
+        account_id = account_id_of(line, account)
+    listed = entries()
+    for whose in (account_id, None) if or_everybodys else (account_id,):
+        for entry, key in listed:
+            if entry.provider.name == name and entry.provider.account_id == whose:
+                return entry, key
+    known = [e.provider.name for e, _ in listed if e.provider.account_id in (account_id, None)]
+    raise no_provider(name, known, account)
+
+
+def tell(name: str, account: str | None, *, as_json: bool) -> None:
+    """Show what a change has made of a row, and what keeps jobs from it."""
+    entry, key = find(name, account)
+    row = entry.provider
+    if as_json:
+        print_json(as_json_object(entry, key))
+    else:
+        typer.echo(
+            "\t".join(
+                (
+                    *(row.name, row.provider, row.model, use_cases(row) or "no use case"),
+                    "active" if entry.is_active else "disabled",
+                )
+            )
+        )
+    if not (row.use_case or row.failover or row.is_default):
+        note(f"it serves no use case yet; jobs reach it by the model {row.name}")
+    if not key and not row.base_url:
+        note(f"there is no key for it here; `sluice secrets set {row.provider}` stores one")
+
+
+def use_cases(row: Provider) -> str:
+    """Write which use cases a row is meant for."""
+    return ", ".join([*sorted(row.use_case), *(["(default)"] if row.is_default else [])])
+
+
+def prices(row: Provider) -> tuple[str, str]:
+    """Write what a million tokens in and out cost, in the tier of short prompts."""
+    return tuple(  # type: ignore[return-value]  # two in, two out
+        "?" if usd is None else f"{usd:g}" for usd in _dollars(row)
+    )
+
+
+def _dollars(row: Provider) -> tuple[float | None, float | None]:
+    try:
+        rates = row.card.rates(0)
+    except UnknownPrice:
+        return None, None
+    return rates.input / 1e6, rates.output / 1e6
+
+
+def as_json_object(entry: ProviderEntry, key: str) -> dict[str, Any]:
+    """Return all of a row for JSON, and nothing of its key but where that comes from."""
+    row = entry.provider
+    input_usd, output_usd = _dollars(row)
+    return {
+        "id": str(row.id),
+        "name": row.name,
+        "account": entry.account,
+        "pool": row.provider,
+        "model": row.model,
+        "base_url": row.base_url,
+        "is_active": entry.is_active,
+        "is_default": row.is_default,
+        "use_cases": sorted(row.use_case),
+        "failover": sorted(row.failover),
+        "priority": row.priority,
+        "max_tokens": row.max_tokens,
+        "context_tokens": row.context_tokens,
+        "capabilities": sorted(row.capabilities),
+        "input_usd_per_million": input_usd,
+        "output_usd_per_million": output_usd,
+        "price_override": row.price_override,
+        "key": key or None,
+        "requests_per_minute": entry.requests_per_minute,
+        "input_tokens_per_minute": entry.input_tokens_per_minute,
+        "output_tokens_per_minute": entry.output_tokens_per_minute,
+        "max_concurrent": entry.max_concurrent,
+        "retires_at": moment(row.retires_at) or None,
+        "successor": row.successor,
+        "catalogue": row.catalogue,
+    }
+
+
+def word(value: object) -> str:
+    """Write a value of `as_json_object` for people."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case list():
+            return ", ".join(value)
+        case dict():
+            return ", ".join(f"{name} {one:g}" for name, one in value.items())
+        case _:
+            return str(value)
