@@ -41,7 +41,8 @@ from sluicegate.producers.outcomes import (
     timed_out,
 )
 from sluicegate.producers.publishing import publish_accepted
-from sluicegate.producers.reply_channels import BATCH, AsyncReplies, Channel
+from sluicegate.producers.reply_channels import BATCH, Channel
+from sluicegate.producers.reply_readers import AsyncReplies
 from sluicegate.producers.steering import (
     CANCEL,
     FIND_ENDED,

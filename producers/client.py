@@ -39,7 +39,8 @@ from sluicegate.producers.outcomes import (
     timed_out,
 )
 from sluicegate.producers.publishing import publish_accepted
-from sluicegate.producers.reply_channels import BATCH, Channel, Replies
+from sluicegate.producers.reply_channels import BATCH, Channel
+from sluicegate.producers.reply_readers import Replies
 from sluicegate.producers.steering import (
     CANCEL,
     FIND_ENDED,

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from sluicegate.producers.client import JobHandle as JobHandle
     from sluicegate.producers.client import Sluice as Sluice
     from sluicegate.producers.listing import JobSummary as JobSummary
-    from sluicegate.producers.reply_channels import AsyncReplies as AsyncReplies
     from sluicegate.producers.reply_channels import AsyncReply as AsyncReply
-    from sluicegate.producers.reply_channels import Replies as Replies
     from sluicegate.producers.reply_channels import Reply as Reply
+    from sluicegate.producers.reply_readers import AsyncReplies as AsyncReplies
+    from sluicegate.producers.reply_readers import Replies as Replies
     from sluicegate.producers.submission import JobOptions as JobOptions
     from sluicegate.producers.views import AttemptView as AttemptView
     from sluicegate.producers.views import JobView as JobView
@@ -66,7 +66,8 @@ _EXPORTS = {
     "sluicegate.producers.batches": ("Batch", "BatchProgress", "BatchResult", "BatchView"),
     "sluicegate.producers.client": ("JobHandle", "Sluice"),
     "sluicegate.producers.listing": ("JobSummary",),
-    "sluicegate.producers.reply_channels": ("AsyncReplies", "AsyncReply", "Replies", "Reply"),
+    "sluicegate.producers.reply_channels": ("AsyncReply", "Reply"),
+    "sluicegate.producers.reply_readers": ("AsyncReplies", "Replies"),
     "sluicegate.producers.submission": ("JobOptions",),
     "sluicegate.producers.views": ("AttemptView", "JobView"),
     "sluicegate.shared.errors": (

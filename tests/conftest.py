@@ -7,6 +7,7 @@ the first must be allowed to create databases.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -29,12 +30,14 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
+from sluicegate.cli import run
 from sluicegate.shared import migrations
 from sluicegate.shared.database import make_async_engine, make_engine
 from sluicegate.shared.settings import Settings, get_settings
 from sluicegate.workers.local.processes import end, spawn
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.servers import EmbeddedPostgres, EmbeddedValkey
+from tests.command_line import Command, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,6 +178,33 @@ def environment() -> Callable[[Settings], dict[str, str]]:
         return variables
 
     return build
+
+
+@pytest.fixture
+def command_line(
+    environment: Callable[[Settings], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[[Settings], Command]:
+    """Return a function that gives `sluice`, run in this process, for some settings."""
+
+    def with_settings(settings: Settings) -> Command:
+        for name in os.environ.keys() - environment(settings).keys():
+            if name.startswith(_DEVELOPERS_OWN):
+                monkeypatch.delenv(name)
+        for name, value in environment(settings).items():
+            monkeypatch.setenv(name, value)
+
+        def command(*arguments: object, stdin: str | bytes = "") -> Outcome:
+            get_settings.cache_clear()
+            data = stdin.encode() if isinstance(stdin, str) else stdin
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+            code = run([str(argument) for argument in arguments])
+            return Outcome(code, *capsys.readouterr())
+
+        return command
+
+    return with_settings
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ T = TypeVar("T")
 #: Above Linux' largest process id (PID_MAX_LIMIT), so that a task's pid never names a process.
 _FIRST_PID = 2**22 + 1
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 STOP_HOOK_TIMEOUT_S = 5.0
 #: What a loop that is still alive may lag behind while it stops.
 DRAIN_SLACK_S = 3.0
@@ -206,7 +206,8 @@ class TaskPool(BasePool):
                 self._thread.submit(_awaited(hook())).result(START_TIMEOUT_S)
         except Exception as error:
             debugging = logger.isEnabledFor(logging.DEBUG)
-            logger.critical("The worker cannot start: %s", error, exc_info=debugging)
+            reason = str(error) or f"it was not ready after {START_TIMEOUT_S:g} s"
+            logger.critical("The worker cannot start: %s", reason, exc_info=debugging)
             self._shut_down(grace_s=0)
             raise SystemExit(EX_FAILURE) from error
 

@@ -7,14 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
 
-from sluicegate.producers.reply_channels import (
-    AsyncReplies,
-    AsyncReply,
-    Channel,
-    Delivery,
-    Replies,
-    Reply,
-)
+from sluicegate.producers.reply_channels import AsyncReply, Channel, Delivery, Reply
+from sluicegate.producers.reply_readers import AsyncReplies, Replies
 from sluicegate.shared.jobs import Result
 from sluicegate.shared.reply_channels import entry_id
 from sluicegate.testing.job import FakeJob

@@ -178,3 +178,6 @@ def test_a_process_that_dies_between_commit_and_publish_loses_no_job(rig: Rig) -
         job = sluice.get(died.stdout.strip())
         # Production looks 30 s after it was stored, this rig after 3 s: within a minute in both.
         assert sluice.handle(job.id).result(WAIT_S).text == "survived"
+    # Publishing again raises the fence, as a claim does: it was not its own message that ran it.
+    (row,) = rig.rows("SELECT fence FROM jobs WHERE id = %(id)s", id=job.id)
+    assert row.fence == 2

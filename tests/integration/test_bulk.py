@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import signal
 import subprocess
@@ -11,8 +10,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -31,7 +31,6 @@ from sluicegate import (
     Sluice,
     SluiceError,
 )
-from sluicegate.cli import run
 from sluicegate.producers.bulk import Form, Template
 from sluicegate.producers.bulk_rows import batch_rows, refuse
 from sluicegate.producers.bulk_storing import store_batch
@@ -42,24 +41,12 @@ from sluicegate.shared.queues import STAGE_CHANNEL
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.canceller import Canceller
+from tests.command_line import Command, Outcome
 from tests.harness import FULL
 from tests.polling import eventually
 from tests.stand_in import StandIn
 
 MANY = 200_000 if FULL else 20_000
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def batch_id(self) -> UUID:
-        return UUID(self.out.strip())
-
-
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -76,20 +63,9 @@ def variables(
 
 
 @pytest.fixture
-def bulk(
-    variables: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Command:
+def bulk(settings: Settings, command_line: Callable[[Settings], Command]) -> Command:
     """Run `sluice bulk` in this process."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-    def call(*arguments: object) -> Outcome:
-        code = run(["bulk", *map(str, arguments)])
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+    return partial(command_line(settings), "bulk")
 
 
 def rows(engine: Engine, statement: str, **values: Any) -> list[Any]:
@@ -149,7 +125,7 @@ def test_a_table_becomes_jobs_of_a_batch(bulk: Command, engine: Engine, settings
         assert [notice.channel for notice in line.notifies(timeout=10, stop_after=1)]
     assert outcome.code == 0, outcome.err
     (batch,) = rows(engine, "SELECT * FROM batches")
-    assert batch.id == outcome.batch_id
+    assert batch.id == outcome.id
     assert (batch.name, batch.use_case, batch.total, batch.rejected) == (
         "notes.csv",
         "summary",
@@ -309,32 +285,29 @@ def test_the_same_file_is_stored_once(bulk: Command, engine: Engine) -> None:
     notes(3)
     first = bulk("submit", "notes.csv", *NOTES)
     again = bulk("submit", "notes.csv", *NOTES)
-    assert (again.code, again.batch_id) == (0, first.batch_id)
-    assert f"was submitted before as batch {first.batch_id}" in again.err
+    assert (again.code, again.id) == (0, first.id)
+    assert f"was submitted before as batch {first.id}" in again.err
     assert "--again" in again.err
     assert count(engine, "jobs") == 3
     # Other options, or another file, are another batch; and so is one that is asked for.
-    assert bulk("submit", "notes.csv", *NOTES, "--max-tokens", 5).batch_id != first.batch_id
-    assert bulk("submit", "notes.csv", *NOTES, "--again").batch_id != first.batch_id
+    assert bulk("submit", "notes.csv", *NOTES, "--max-tokens", 5).id != first.id
+    assert bulk("submit", "notes.csv", *NOTES, "--again").id != first.id
     notes(4)
-    assert bulk("submit", "notes.csv", *NOTES).batch_id != first.batch_id
+    assert bulk("submit", "notes.csv", *NOTES).id != first.id
     assert count(engine, "batches") == 4
 
 
-def test_the_same_standard_input_is_stored_once(
-    bulk: Command, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_standard_input_is_stored_once(bulk: Command, engine: Engine) -> None:
     content = notes(3).read_bytes()
 
     def submit(*options: str) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-        return bulk("submit", "-", *NOTES, *options)
+        return bulk("submit", "-", *NOTES, *options, stdin=content)
 
     assert "say with --format" in submit().err
     first = submit("--format", "csv")
     assert first.code == 0, first.err
-    assert submit("--format", "csv").batch_id == first.batch_id
-    assert bulk("submit", "notes.csv", *NOTES).batch_id == first.batch_id
+    assert submit("--format", "csv").id == first.id
+    assert bulk("submit", "notes.csv", *NOTES).id == first.id
     assert rows(engine, "SELECT name, total FROM batches") == [("standard input", 3)]
 
 

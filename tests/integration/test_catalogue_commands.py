@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import pty
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import pytest
 import redis
 from sqlalchemy import Engine
 
-from sluicegate.cli import run
 from sluicegate.shared.catalogue import VERSION_KEY
 from sluicegate.shared.secrets import Keyring, new_key
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.local.sandbox_control import SandboxControl
+from tests.command_line import Command
 from tests.stand_in import StandIn
 
 KEY = "sk-test-0123456789abcdef"
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self
-        return json.loads(self.out)
-
-
-Sluice = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -58,20 +42,8 @@ def variables(given: Settings, environment: Callable[[Settings], dict[str, str]]
 
 
 @pytest.fixture
-def sluice(
-    variables: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Sluice:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-    def call(*arguments: str, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = run(arguments)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+def sluice(given: Settings, command_line: Callable[[Settings], Command]) -> Command:
+    return command_line(given)
 
 
 def rows(engine: Engine, statement: str) -> list[Any]:
@@ -91,7 +63,7 @@ def local(name: str, *more: str) -> tuple[str, ...]:
 # Providers
 
 
-def test_providers_are_listed_plain_when_piped(sluice: Sluice) -> None:
+def test_providers_are_listed_plain_when_piped(sluice: Command) -> None:
     head, *lines = sluice("provider", "list").out.splitlines()
     assert head.split("\t")[:6] == ["name", "account", "pool", "model", "use cases", "failover"]
     listed = {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
@@ -102,7 +74,7 @@ def test_providers_are_listed_plain_when_piped(sluice: Sluice) -> None:
     ]
 
 
-def test_providers_as_json(sluice: Sluice) -> None:
+def test_providers_as_json(sluice: Command) -> None:
     (mini,) = (
         one
         for one in sluice("provider", "list", "--json").json["providers"]
@@ -138,7 +110,7 @@ def test_providers_as_json(sluice: Sluice) -> None:
 
 
 def test_a_provider_is_added_with_all_there_is_to_say(
-    sluice: Sluice, engine: Engine, redis_client: redis.Redis, given: Settings
+    sluice: Command, engine: Engine, redis_client: redis.Redis, given: Settings
 ) -> None:
     outcome = sluice(
         *local("qwen", "--use-case", "draft,summary", "--failover", "general", "--default"),
@@ -176,7 +148,7 @@ def test_a_provider_is_added_with_all_there_is_to_say(
     assert KEY not in sluice("provider", "show", "qwen", "--json").out + outcome.out + outcome.err
 
 
-def test_what_the_price_list_knows_need_not_be_said(sluice: Sluice) -> None:
+def test_what_the_price_list_knows_need_not_be_said(sluice: Command) -> None:
     added = sluice("provider", "add", "four", "--pool", "openai", "--model", "gpt-4o", "--json")
     assert added.json["context_tokens"] == 128_000
     assert added.json["max_tokens"] == 4096
@@ -215,7 +187,7 @@ def test_what_the_price_list_knows_need_not_be_said(sluice: Sluice) -> None:
     ],
 )
 def test_a_bad_row_is_refused_in_one_line(
-    sluice: Sluice, engine: Engine, more: tuple[str, ...], said: str
+    sluice: Command, engine: Engine, more: tuple[str, ...], said: str
 ) -> None:
     outcome = sluice(*local("qwen", *more))
     assert (outcome.code, outcome.out) == (2, "")
@@ -260,7 +232,7 @@ def test_a_bad_row_is_refused_in_one_line(
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
-    sluice: Sluice, arguments: tuple[str, ...], said: str
+    sluice: Command, arguments: tuple[str, ...], said: str
 ) -> None:
     outcome = sluice(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
@@ -287,7 +259,7 @@ def test_bad_input_is_one_line_and_code_2(
     ],
 )
 def test_what_is_not_there_is_one_line_and_code_1(
-    sluice: Sluice, engine: Engine, arguments: tuple[str, ...]
+    sluice: Command, engine: Engine, arguments: tuple[str, ...]
 ) -> None:
     outcome = sluice(*arguments)
     assert (outcome.code, outcome.out) == (1, "")
@@ -297,7 +269,7 @@ def test_what_is_not_there_is_one_line_and_code_1(
     assert not rows(engine, "SELECT 1 FROM use_cases WHERE name = 'new'")
 
 
-def test_set_changes_what_is_given_and_nothing_else(sluice: Sluice) -> None:
+def test_set_changes_what_is_given_and_nothing_else(sluice: Command) -> None:
     before = sluice("provider", "show", "openai-gpt4o-mini", "--json").json
     changed = sluice(
         *("provider", "set", "openai-gpt4o-mini", "--priority", "5", "--no-default", "--json")
@@ -317,7 +289,7 @@ def test_set_changes_what_is_given_and_nothing_else(sluice: Sluice) -> None:
     assert cleared == {**changed, "retires_at": None, "successor": None}
 
 
-def test_a_key_comes_and_goes(sluice: Sluice, engine: Engine) -> None:
+def test_a_key_comes_and_goes(sluice: Command, engine: Engine) -> None:
     assert sluice(*local("qwen", "--use-case", "draft")).code == 0
     assert sluice("provider", "show", "qwen", "--json").json["key"] is None
     assert sluice("provider", "set", "qwen", "--key-stdin", stdin=KEY).code == 0
@@ -328,7 +300,7 @@ def test_a_key_comes_and_goes(sluice: Sluice, engine: Engine) -> None:
 
 
 def test_a_key_is_not_stored_without_something_to_encrypt_it(
-    sluice: Sluice, monkeypatch: pytest.MonkeyPatch
+    sluice: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLUICE_ENCRYPTION_KEYS")
     outcome = sluice(*local("qwen", "--key-stdin"), stdin=KEY)
@@ -336,7 +308,7 @@ def test_a_key_is_not_stored_without_something_to_encrypt_it(
     assert "SLUICE_ENCRYPTION_KEYS" in outcome.err
 
 
-def test_the_last_provider_of_a_use_case_is_not_disabled_by_mistake(sluice: Sluice) -> None:
+def test_the_last_provider_of_a_use_case_is_not_disabled_by_mistake(sluice: Command) -> None:
     for name in ("openai-gpt-6-luna", "openai-gpt4o-mini"):
         # As nothing is the default any more, a use case has what serves it and nothing else.
         assert sluice("provider", "set", name, "--no-default").code == 0
@@ -355,7 +327,7 @@ def test_the_last_provider_of_a_use_case_is_not_disabled_by_mistake(sluice: Slui
 
 
 def test_a_provider_that_waiting_jobs_need_is_not_disabled_by_mistake(
-    sluice: Sluice, engine: Engine, redis_client: redis.Redis, given: Settings
+    sluice: Command, engine: Engine, redis_client: redis.Redis, given: Settings
 ) -> None:
     from sluicegate.producers.client import Sluice as Client
 
@@ -369,7 +341,7 @@ def test_a_provider_that_waiting_jobs_need_is_not_disabled_by_mistake(
     assert sluice("provider", "disable", "openai-gpt-6-luna").code == 0
 
 
-def test_an_accounts_own_row_stands_in_front_of_everybodys(sluice: Sluice) -> None:
+def test_an_accounts_own_row_stands_in_front_of_everybodys(sluice: Command) -> None:
     assert sluice("account", "add", "acme").code == 0
     own = ("provider", "add", "openai-gpt-6-luna", "--pool", "openai", "--account", "acme")
     assert sluice(*own, "--model", "gpt-4o", "--key-stdin", stdin=KEY).code == 0
@@ -387,7 +359,7 @@ def test_an_accounts_own_row_stands_in_front_of_everybodys(sluice: Sluice) -> No
 
 
 def test_a_change_says_when_redis_cannot_spread_it(
-    sluice: Sluice, monkeypatch: pytest.MonkeyPatch
+    sluice: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://127.0.0.1:1/0")
     outcome = sluice("usecase", "add", "classify")
@@ -403,7 +375,7 @@ def test_a_change_says_when_redis_cannot_spread_it(
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
 def test_a_test_makes_one_paid_call(
-    sluice: Sluice, sandbox: SandboxControl, engine: Engine, stream: tuple[str, ...]
+    sluice: Command, sandbox: SandboxControl, engine: Engine, stream: tuple[str, ...]
 ) -> None:
     outcome = sluice("provider", "test", "anthropic-claude-haiku-5-5", *stream, "--json")
     said = outcome.json
@@ -417,7 +389,7 @@ def test_a_test_makes_one_paid_call(
     assert not rows(engine, "SELECT 1 FROM cost_entries")
 
 
-def test_a_test_for_people(sluice: Sluice) -> None:
+def test_a_test_for_people(sluice: Command) -> None:
     outcome = sluice("provider", "test", "openai-gpt-6-luna", "--stream")
     shown = dict(line.split("\t") for line in outcome.out.splitlines())
     assert list(shown) == ["model", "duration", "first token", "tokens", "cost", "answer"]
@@ -441,7 +413,7 @@ def _closed_port() -> int:
 )
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
 def test_a_test_that_fails_says_why_in_one_line(
-    sluice: Sluice, sandbox: SandboxControl, fault: str, said: str, stream: tuple[str, ...]
+    sluice: Command, sandbox: SandboxControl, fault: str, said: str, stream: tuple[str, ...]
 ) -> None:
     sandbox.add_fault(fault)
     outcome = sluice("provider", "test", "openai-gpt-6-luna", *stream)
@@ -451,7 +423,7 @@ def test_a_test_that_fails_says_why_in_one_line(
     assert said in problem
 
 
-def test_a_test_where_nobody_listens(sluice: Sluice) -> None:
+def test_a_test_where_nobody_listens(sluice: Command) -> None:
     url = f"http://127.0.0.1:{_closed_port()}/v1"
     assert sluice(*local("away", "--base-url", url)).code == 0
     outcome = sluice("provider", "test", "away")
@@ -461,7 +433,7 @@ def test_a_test_where_nobody_listens(sluice: Sluice) -> None:
 
 
 def test_a_row_with_an_address_of_its_own_is_called_there_with_its_own_key(
-    sluice: Sluice, sandbox: SandboxControl, monkeypatch: pytest.MonkeyPatch
+    sluice: Command, sandbox: SandboxControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{_closed_port()}/v1")
     added = sluice(
@@ -476,14 +448,14 @@ def test_a_row_with_an_address_of_its_own_is_called_there_with_its_own_key(
     assert said["cost_nano_usd"] == 100 * said["usage"]["input"] + 400 * said["usage"]["output"]
 
 
-def test_a_row_elsewhere_is_not_given_the_fleets_key(sluice: Sluice) -> None:
+def test_a_row_elsewhere_is_not_given_the_fleets_key(sluice: Command) -> None:
     assert sluice(*local("elsewhere", "--base-url", "https://api.example.com/v1")).code == 0
     outcome = sluice("provider", "test", "elsewhere")
     assert outcome.code == 1
     assert "There is no openai key" in outcome.err
 
 
-def test_a_test_goes_by_the_accounts_own_row(sluice: Sluice, sandbox: SandboxControl) -> None:
+def test_a_test_goes_by_the_accounts_own_row(sluice: Command, sandbox: SandboxControl) -> None:
     assert sluice("account", "add", "acme").code == 0
     own = ("provider", "add", "openai-gpt-6-luna", "--pool", "openai", "--account", "acme")
     assert sluice(*own, "--model", "gpt-4o").code == 0
@@ -496,7 +468,7 @@ def test_a_test_goes_by_the_accounts_own_row(sluice: Sluice, sandbox: SandboxCon
 # Use cases
 
 
-def test_use_cases_are_listed_with_their_providers_in_order(sluice: Sluice) -> None:
+def test_use_cases_are_listed_with_their_providers_in_order(sluice: Command) -> None:
     head, *lines = sluice("usecase", "list").out.splitlines()
     assert head.split("\t") == [
         *("name", "description", "prefer", "max tokens", "unknown", "active", "providers"),
@@ -511,7 +483,7 @@ def test_use_cases_are_listed_with_their_providers_in_order(sluice: Sluice) -> N
 
 
 def test_use_cases_go_by_the_catalogue_that_is_set(
-    sluice: Sluice, monkeypatch: pytest.MonkeyPatch
+    sluice: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLUICE_CATALOGUE", "original")
     shown = sluice("usecase", "show", "draft", "--json").json
@@ -522,7 +494,7 @@ def test_use_cases_go_by_the_catalogue_that_is_set(
     }
 
 
-def test_a_use_case_is_added_changed_and_switched(sluice: Sluice, engine: Engine) -> None:
+def test_a_use_case_is_added_changed_and_switched(sluice: Command, engine: Engine) -> None:
     added = sluice(
         *("usecase", "add", "classify", "--description", "Sort mails.", "--prefer", "cheapest"),
         *("--max-tokens", "64", "--unknown-policy", "fail"),
@@ -558,7 +530,7 @@ def test_a_use_case_is_added_changed_and_switched(sluice: Sluice, engine: Engine
     assert sluice("usecase", "enable", "classify", "--json").json["is_active"]
 
 
-def test_a_use_case_without_providers_is_served_by_the_default(sluice: Sluice) -> None:
+def test_a_use_case_without_providers_is_served_by_the_default(sluice: Command) -> None:
     outcome = sluice("usecase", "add", "classify")
     assert outcome == (0, "classify\tactive\topenai-gpt-6-luna\n", "")
     for name in ("openai-gpt-6-luna", "openai-gpt4o-mini"):
@@ -569,7 +541,7 @@ def test_a_use_case_without_providers_is_served_by_the_default(sluice: Sluice) -
 
 
 def test_a_disabled_use_case_takes_no_jobs(
-    sluice: Sluice, given: Settings, engine: Engine, redis_client: redis.Redis
+    sluice: Command, given: Settings, engine: Engine, redis_client: redis.Redis
 ) -> None:
     from sluicegate.producers.client import Sluice as Client
 
@@ -587,7 +559,7 @@ def test_a_disabled_use_case_takes_no_jobs(
 
 
 def test_an_account_and_what_it_has(
-    sluice: Sluice, engine: Engine, redis_client: redis.Redis, given: Settings
+    sluice: Command, engine: Engine, redis_client: redis.Redis, given: Settings
 ) -> None:
     from sluicegate.producers.client import Sluice as Client
 
@@ -609,7 +581,7 @@ def test_an_account_and_what_it_has(
     assert plain["own providers"] == "none"
 
 
-def test_an_accounts_money_by_its_own_months(sluice: Sluice, engine: Engine) -> None:
+def test_an_accounts_money_by_its_own_months(sluice: Command, engine: Engine) -> None:
     # It is a new month in Kiritimati 26 hours before it is one in Pago Pago.
     added = sluice("account", "add", "acme", "--time-zone", "Pacific/Kiritimati", "--json").json
     entry = (
@@ -626,7 +598,7 @@ def test_an_accounts_money_by_its_own_months(sluice: Sluice, engine: Engine) -> 
     assert (shown["cost_month_nano_usd"], shown["cost_nano_usd"]) == (320_000, 321_000)
 
 
-def test_an_account_is_changed(sluice: Sluice) -> None:
+def test_an_account_is_changed(sluice: Command) -> None:
     added = sluice("account", "add", "acme", "--json").json
     changed = sluice(
         *("account", "set", "acme", "--rename", "globex", "--time-zone", "Asia/Tokyo"),

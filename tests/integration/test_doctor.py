@@ -5,43 +5,22 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 from sqlalchemy import Engine, text
 
-from sluicegate.cli import run
 from sluicegate.shared.settings import Settings
+from tests.command_line import Command, Outcome
 
 Environment = Callable[[Settings], dict[str, str]]
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def sluice(
-    settings: Settings,
-    environment: Environment,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., Outcome]:
+def sluice(settings: Settings, command_line: Callable[[Settings], Command]) -> Command:
     def call(*arguments: str, **changes: object) -> Outcome:
-        given = settings.model_copy(update=changes)
-        for name, value in environment(given).items():
-            monkeypatch.setenv(name, value)
-        from sluicegate.shared.settings import get_settings
-
-        get_settings.cache_clear()
-        return Outcome(run(arguments), *capsys.readouterr())
+        return command_line(settings.model_copy(update=changes))(*arguments)
 
     return call
-
-
-Call = Callable[..., Outcome]
 
 
 def findings(outcome: Outcome) -> dict[str, list[tuple[str, str]]]:
@@ -59,7 +38,7 @@ def away() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_a_fleet_without_keys_and_workers(sluice: Call) -> None:
+def test_a_fleet_without_keys_and_workers(sluice: Command) -> None:
     outcome = sluice("doctor", "--json")
     found = findings(outcome)
     assert outcome.code == 1
@@ -71,7 +50,7 @@ def test_a_fleet_without_keys_and_workers(sluice: Call) -> None:
     assert found["settings"] == [("ok", "fit together")]
 
 
-def test_what_is_well_has_no_problem(sluice: Call, engine: Engine) -> None:
+def test_what_is_well_has_no_problem(sluice: Command, engine: Engine) -> None:
     with engine.connect() as connection:
         connection.execute(
             text(
@@ -90,7 +69,7 @@ def test_what_is_well_has_no_problem(sluice: Call, engine: Engine) -> None:
     assert any(line[1] == "workers" and "nobody serves" in line[2] for line in lines)
 
 
-def test_an_old_schema(sluice: Call, empty_database: str) -> None:
+def test_an_old_schema(sluice: Command, empty_database: str) -> None:
     outcome = sluice("doctor", "--json", database_url=empty_database)
     assert outcome.code == 1
     ((level, found),) = findings(outcome)["schema"]
@@ -99,7 +78,7 @@ def test_an_old_schema(sluice: Call, empty_database: str) -> None:
     assert "sluice db upgrade" in outcome.out
 
 
-def test_servers_that_are_away(sluice: Call, away: str) -> None:
+def test_servers_that_are_away(sluice: Command, away: str) -> None:
     outcome = sluice(
         "doctor",
         "--json",
@@ -113,7 +92,7 @@ def test_servers_that_are_away(sluice: Call, away: str) -> None:
     assert "SLUICE_REDIS_URL" in outcome.out
 
 
-def test_a_stored_key_that_cannot_be_read(sluice: Call, engine: Engine) -> None:
+def test_a_stored_key_that_cannot_be_read(sluice: Command, engine: Engine) -> None:
     with engine.connect() as connection:
         connection.execute(
             text(
@@ -125,7 +104,7 @@ def test_a_stored_key_that_cannot_be_read(sluice: Call, engine: Engine) -> None:
     assert ("problem", "the key of openai cannot be decrypted") in found["keys"]
 
 
-def test_health(sluice: Call, engine: Engine, away: str, empty_database: str) -> None:
+def test_health(sluice: Command, engine: Engine, away: str, empty_database: str) -> None:
     assert sluice("health") == (0, "healthy\n", "")
     assert json.loads(sluice("health", "--json").out) == {"healthy": True, "part": "servers"}
 

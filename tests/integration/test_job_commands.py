@@ -8,7 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -16,42 +16,25 @@ import redis
 from sqlalchemy import Engine
 
 from sluicegate import Sluice
-from sluicegate.cli import run
 from sluicegate.shared import accounts
 from sluicegate.shared.settings import Settings
+from tests.command_line import Command, Outcome
 from tests.stand_in import StandIn
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
+@pytest.fixture
+def given(settings: Settings) -> Settings:
+    return settings.model_copy(update={"reply_recheck_s": 0.3})
 
 
 @pytest.fixture
-def variables(
-    settings: Settings, environment: Callable[[Settings], dict[str, str]]
-) -> dict[str, str]:
-    return environment(settings.model_copy(update={"reply_recheck_s": 0.3}))
+def variables(given: Settings, environment: Callable[[Settings], dict[str, str]]) -> dict[str, str]:
+    return environment(given)
 
 
 @pytest.fixture
-def sluice(
-    variables: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Command:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-    def call(*arguments: object) -> Outcome:
-        code = run([str(argument) for argument in arguments])
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+def sluice(given: Settings, command_line: Callable[[Settings], Command]) -> Command:
+    return command_line(given)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
@@ -13,48 +12,34 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 import redis
 from sqlalchemy import Engine
 
-from sluicegate.cli import run
 from sluicegate.shared.settings import Settings
+from tests.command_line import Command
 from tests.polling import eventually
 from tests.stand_in import StandIn, waiting
 
 Serve = Callable[[Callable[[StandIn], None]], Any]
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
+@pytest.fixture
+def given(settings: Settings) -> Settings:
+    return settings.model_copy(update={"reply_recheck_s": 0.3})
 
 
 @pytest.fixture
-def variables(
-    settings: Settings, environment: Callable[[Settings], dict[str, str]]
-) -> dict[str, str]:
-    return environment(settings.model_copy(update={"reply_recheck_s": 0.3}))
+def variables(given: Settings, environment: Callable[[Settings], dict[str, str]]) -> dict[str, str]:
+    return environment(given)
 
 
 @pytest.fixture
-def sluice(
-    variables: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., Outcome]:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-    def call(*arguments: str) -> Outcome:
-        code = run(arguments)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+def sluice(given: Settings, command_line: Callable[[Settings], Command]) -> Command:
+    return command_line(given)
 
 
 @pytest.fixture
@@ -90,9 +75,7 @@ def request_of(engine: Engine) -> Any:
         return connection.exec_driver_sql("SELECT * FROM jobs JOIN job_bodies ON job_id = id").one()
 
 
-def test_submit_prints_the_answer(
-    sluice: Callable[..., Outcome], serve: Serve, engine: Engine
-) -> None:
+def test_submit_prints_the_answer(sluice: Command, serve: Serve, engine: Engine) -> None:
     with serve(lambda worker: worker.answer("Dear ", "Ada")):
         outcome = sluice(
             *("submit", "draft", "hello", "--system", "Be brief.", "--max-tokens", "50"),
@@ -104,32 +87,22 @@ def test_submit_prints_the_answer(
     assert (row.request["system"], row.request["max_tokens"]) == ("Be brief.", 50)
 
 
-def test_submit_reads_the_prompt_from_stdin(
-    sluice: Callable[..., Outcome],
-    serve: Serve,
-    engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße".encode())))
+def test_submit_reads_the_prompt_from_stdin(sluice: Command, serve: Serve, engine: Engine) -> None:
     with serve(lambda worker: worker.answer("ok")):
-        assert sluice("submit", "draft", "-").code == 0
+        assert sluice("submit", "draft", "-", stdin="Grüße").code == 0
     assert request_of(engine).request["messages"][0]["content"][0]["text"] == "Grüße"
 
 
 def test_submit_reads_a_pipe_when_there_is_no_prompt(
-    sluice: Callable[..., Outcome],
-    serve: Serve,
-    engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
+    sluice: Command, serve: Serve, engine: Engine
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
     with serve(lambda worker: worker.answer("ok")):
-        assert sluice("submit", "draft").code == 0
+        assert sluice("submit", "draft", stdin="piped").code == 0
     assert request_of(engine).request["messages"][0]["content"][0]["text"] == "piped"
 
 
 def test_submit_takes_prompt_and_schema_from_files(
-    sluice: Callable[..., Outcome], serve: Serve, engine: Engine, tmp_path: Path
+    sluice: Command, serve: Serve, engine: Engine, tmp_path: Path
 ) -> None:
     (tmp_path / "note.txt").write_text("Grüße")
     schema = {"type": "object", "properties": {"name": {"type": "string"}}}
@@ -160,7 +133,7 @@ def test_submit_takes_prompt_and_schema_from_files(
     ],
 )
 def test_submit_refuses_what_it_cannot_use(
-    sluice: Callable[..., Outcome],
+    sluice: Command,
     engine: Engine,
     tmp_path: Path,
     arguments: tuple[str, ...],
@@ -177,7 +150,7 @@ def test_submit_refuses_what_it_cannot_use(
         assert connection.exec_driver_sql("SELECT count(*) FROM jobs").scalar() == 0
 
 
-def test_submit_prints_one_json_object(sluice: Callable[..., Outcome], serve: Serve) -> None:
+def test_submit_prints_one_json_object(sluice: Command, serve: Serve) -> None:
     with serve(lambda worker: worker.answer("a", "b", cost_nano_usd=5)):
         outcome = sluice("submit", "draft", "hello", "--json", "--stream")
     assert outcome.code == 0, outcome.err
@@ -194,7 +167,7 @@ def _restart(worker: StandIn) -> None:
     worker.end(worker.settle(text="the whole answer"))
 
 
-def test_a_stream_says_when_it_starts_again(sluice: Callable[..., Outcome], serve: Serve) -> None:
+def test_a_stream_says_when_it_starts_again(sluice: Command, serve: Serve) -> None:
     with serve(_restart):
         outcome = sluice("submit", "draft", "hello", "--stream")
     assert outcome.code == 0
@@ -207,9 +180,7 @@ def _lose_some(worker: StandIn) -> None:
     worker.end(worker.settle(text="the beginning and the end"))
 
 
-def test_a_stream_with_a_gap_ends_in_the_whole_answer(
-    sluice: Callable[..., Outcome], serve: Serve
-) -> None:
+def test_a_stream_with_a_gap_ends_in_the_whole_answer(sluice: Command, serve: Serve) -> None:
     with serve(_lose_some):
         outcome = sluice("submit", "draft", "hello", "--stream")
     assert outcome.code == 0, outcome.err
@@ -224,7 +195,7 @@ def _fail(worker: StandIn) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--stream"]])
 def test_a_failed_job_is_one_line_and_code_1(
-    sluice: Callable[..., Outcome], serve: Serve, options: list[str]
+    sluice: Command, serve: Serve, options: list[str]
 ) -> None:
     with serve(_fail):
         outcome = sluice("submit", "draft", "hello", *options)
@@ -256,7 +227,7 @@ def test_a_failed_job_is_one_line_and_code_1(
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
-    sluice: Callable[..., Outcome], arguments: tuple[str, ...], said: str
+    sluice: Command, arguments: tuple[str, ...], said: str
 ) -> None:
     outcome = sluice(*arguments)
     assert outcome.code == 2
@@ -267,7 +238,7 @@ def test_bad_input_is_one_line_and_code_2(
 
 
 def test_a_bad_setting_is_one_line_and_code_2(
-    sluice: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    sluice: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLUICE_DATABASE_URL", "mysql://x")
     outcome = sluice("account", "list")
@@ -276,7 +247,7 @@ def test_a_bad_setting_is_one_line_and_code_2(
 
 
 def test_without_postgres_it_is_one_line_and_code_1(
-    sluice: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    sluice: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLUICE_DATABASE_URL", "postgresql://x@127.0.0.1:1/x")
     for arguments in (
@@ -290,9 +261,7 @@ def test_without_postgres_it_is_one_line_and_code_1(
         assert outcome.err.count("\n") == 1
 
 
-def test_job_show_tells_what_became_of_a_job(
-    sluice: Callable[..., Outcome], serve: Serve, engine: Engine
-) -> None:
+def test_job_show_tells_what_became_of_a_job(sluice: Command, serve: Serve, engine: Engine) -> None:
     with serve(lambda worker: worker.answer("Dear Ada", model="m-1")):
         sluice("submit", "draft", "hello")
     job_id = str(request_of(engine).id)
@@ -303,13 +272,13 @@ def test_job_show_tells_what_became_of_a_job(
     assert (view["id"], view["result"]["text"], view["history"]) == (job_id, "Dear Ada", [])
 
 
-def test_a_job_that_is_not_there_is_code_1(sluice: Callable[..., Outcome]) -> None:
+def test_a_job_that_is_not_there_is_code_1(sluice: Command) -> None:
     outcome = sluice("job", "show", str(uuid4()))
     assert outcome.code == 1
     assert "there is no job" in outcome.err
 
 
-def test_accounts_are_added_and_listed(sluice: Callable[..., Outcome]) -> None:
+def test_accounts_are_added_and_listed(sluice: Command) -> None:
     assert sluice("account", "add", "acme", "--time-zone", "Europe/Berlin").code == 0
     accounts = json.loads(sluice("account", "list", "--json").out)["accounts"]
     assert [(one["name"], one["time_zone"]) for one in accounts] == [
@@ -321,7 +290,7 @@ def test_accounts_are_added_and_listed(sluice: Callable[..., Outcome]) -> None:
     assert lines[1].split("\t") == ["acme", accounts[0]["id"], "Europe/Berlin", "yes"]
 
 
-def test_help_names_the_commands(sluice: Callable[..., Outcome]) -> None:
+def test_help_names_the_commands(sluice: Command) -> None:
     for arguments in ((), ("--help",)):
         outcome = sluice(*arguments)
         assert outcome.code == 0
@@ -376,7 +345,7 @@ def test_a_command_imports_no_provider_sdk_and_no_worker_library() -> None:
 
 def test_the_root_starts_without_what_commands_import() -> None:
     probe = (
-        "import sys, sluicegate.cli; sluicegate.cli.run(['submit', 'draft']);"
+        "import sys, sluicegate.cli; sluicegate.cli.run(['submit']);"
         "print([m for m in ('sqlalchemy', 'celery', 'redis') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 import os
@@ -14,19 +13,18 @@ import termios
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import redis
 from sqlalchemy import Engine
 
-from sluicegate.cli import run
 from sluicegate.shared.accounts import add_account
 from sluicegate.shared.catalogue import VERSION_KEY, read
 from sluicegate.shared.jobs import build_spec
 from sluicegate.shared.provider_keys import Rotation, list_keys, rotate, set_key
 from sluicegate.shared.secrets import Keyring, Secret, new_key
-from sluicegate.shared.settings import Settings, get_settings
+from sluicegate.shared.settings import Settings
 from sluicegate.workers.providers.base import (
     Adapters,
     Call,
@@ -34,6 +32,7 @@ from sluicegate.workers.providers.base import (
     ProviderError,
     ProviderKind,
 )
+from tests.command_line import Command, Outcome
 from tests.dumping import dump
 from tests.polling import eventually
 
@@ -41,33 +40,13 @@ PLAIN = "sk-recognisable-4711"
 OLD, NEW = new_key(), new_key()
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Sluice = Callable[..., Outcome]
-
-
 @pytest.fixture
-def sluice(
-    settings: Settings,
-    environment: Callable[[Settings], dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Sluice:
-    """Run a command with a key on its standard input; keys of the keyring are OLD unless said."""
+def sluice(settings: Settings, command_line: Callable[[Settings], Command]) -> Command:
+    """Run a command; the keys of the keyring are OLD unless said."""
 
     def call(*arguments: str, stdin: str = "", **changes: Any) -> Outcome:
         given = settings.model_copy(update={"encryption_keys": OLD} | changes)
-        for name in ("SLUICE_ENCRYPTION_KEYS", "OPENAI_API_KEY"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment(given).items():
-            monkeypatch.setenv(name, value)
-        get_settings.cache_clear()
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        return Outcome(run(arguments), *capsys.readouterr())
+        return command_line(given)(*arguments, stdin=stdin)
 
     return call
 
@@ -102,7 +81,7 @@ def opened(engine: Engine, *keys: Secret) -> dict[str, str]:
 # Commands
 
 
-def test_a_new_key_goes_to_stdout_and_the_advice_does_not(sluice: Sluice) -> None:
+def test_a_new_key_goes_to_stdout_and_the_advice_does_not(sluice: Command) -> None:
     outcome = sluice("secrets", "new-key", encryption_keys=None)
     assert outcome.code == 0
     key = Secret(outcome.out.strip())
@@ -112,7 +91,7 @@ def test_a_new_key_goes_to_stdout_and_the_advice_does_not(sluice: Sluice) -> Non
 
 
 def test_set_replaces_and_remove_removes(
-    sluice: Sluice, engine: Engine, settings: Settings, redis_client: redis.Redis
+    sluice: Command, engine: Engine, settings: Settings, redis_client: redis.Redis
 ) -> None:
     with engine.connect() as connection:
         add_account(connection, "acme")
@@ -150,13 +129,13 @@ def test_set_replaces_and_remove_removes(
     )
 
 
-def test_the_environment_is_said_to_come_first(sluice: Sluice) -> None:
+def test_the_environment_is_said_to_come_first(sluice: Command) -> None:
     outcome = sluice("secrets", "set", "openai", stdin=PLAIN, openai_api_key=Secret("other"))
     assert "OPENAI_API_KEY is set here" in outcome.err
     assert "other" not in outcome.err.replace("every", "")
 
 
-def test_the_catalogue_has_what_was_set(sluice: Sluice, engine: Engine) -> None:
+def test_the_catalogue_has_what_was_set(sluice: Command, engine: Engine) -> None:
     with engine.connect() as connection:
         acme = add_account(connection, "acme")
     add_row(engine, "ours", "ROW")
@@ -187,7 +166,7 @@ def test_the_catalogue_has_what_was_set(sluice: Sluice, engine: Engine) -> None:
     ],
 )
 def test_refusals_are_one_line(
-    sluice: Sluice, engine: Engine, case: tuple[tuple[str, ...], str, dict[str, Any], int, str]
+    sluice: Command, engine: Engine, case: tuple[tuple[str, ...], str, dict[str, Any], int, str]
 ) -> None:
     arguments, stdin, changes, code, says = case
     outcome = sluice("secrets", *arguments, stdin=stdin, **changes)
@@ -222,7 +201,7 @@ def test_at_a_terminal_the_key_is_typed_unseen(
     assert opened(engine, OLD) == {"openai": PLAIN}
 
 
-def test_list_shows_where_keys_are_and_none_of_them(sluice: Sluice, engine: Engine) -> None:
+def test_list_shows_where_keys_are_and_none_of_them(sluice: Command, engine: Engine) -> None:
     with engine.connect() as connection:
         acme = add_account(connection, "acme")
         set_key(connection, "openai", None, Keyring([OLD]).encrypt(PLAIN))
@@ -262,7 +241,7 @@ def test_list_shows_where_keys_are_and_none_of_them(sluice: Sluice, engine: Engi
 
 
 def test_rotate_moves_everything_to_the_newest_key(
-    sluice: Sluice, engine: Engine, settings: Settings, redis_client: redis.Redis
+    sluice: Command, engine: Engine, settings: Settings, redis_client: redis.Redis
 ) -> None:
     keyring = Keyring([OLD])
     with engine.connect() as connection:
@@ -285,7 +264,11 @@ def test_rotate_moves_everything_to_the_newest_key(
     assert stored(engine) == renewed
 
 
-def test_rotate_names_what_it_cannot_read_and_does_the_rest(sluice: Sluice, engine: Engine) -> None:
+def test_rotate_names_what_it_cannot_read_and_does_the_rest(
+    sluice: Command, engine: Engine
+) -> None:
+    sluice: Command, engine: Engine
+) -> None:
     with engine.connect() as connection:
         acme = add_account(connection, "acme")
         set_key(connection, "openai", acme.id, Keyring([new_key()]).encrypt(PLAIN))
@@ -305,7 +288,7 @@ def test_rotate_names_what_it_cannot_read_and_does_the_rest(sluice: Sluice, engi
     assert after == before
 
 
-def test_rotate_says_how_long_the_old_key_is_needed_when_redis_is_away(sluice: Sluice) -> None:
+def test_rotate_says_how_long_the_old_key_is_needed_when_redis_is_away(sluice: Command) -> None:
     outcome = sluice("secrets", "rotate", redis_url=Secret("redis://127.0.0.1:1/0"))
     assert outcome.code == 0
     assert "within 30 s (SLUICE_CATALOGUE_TTL_S), so keep the old key as long" in outcome.err
@@ -377,7 +360,7 @@ def test_two_rotations_at_once_do_it_once(engine: Engine) -> None:
 # What never shows
 
 
-def test_a_dump_shows_no_key(sluice: Sluice, engine: Engine, settings: Settings) -> None:
+def test_a_dump_shows_no_key(sluice: Command, engine: Engine, settings: Settings) -> None:
     with engine.connect() as connection:
         add_account(connection, "acme")
     for arguments in (("openai",), ("anthropic",), ("openai", "--account", "acme")):
