@@ -7,9 +7,8 @@ body is `return await_(coroutine)`; one process holds thousands of them. Two thr
   (accepted, succeeded, failed, timed out) and all prefetch accounting happens there;
 - the *loop thread* runs the tasks.
 
-The loop hands calls to the hub through a deque and one pipe, which the hub reads as it reads the
-broker's socket: acknowledgements made while reading are sent in the hub's next turn, while those
-made by `hub.call_soon` callbacks would wait for the next event, up to a second.
+Here is what happens on the hub thread; `Runs` is what happens on the loop, which hands its calls to
+the hub through a `HubInbox`.
 
 *Prefetch.* Celery asks the broker for `worker_concurrency * worker_prefetch_multiplier` messages
 (1 * 1) and counts those not acknowledged. A task calls `claimed()` when it has made its message's
@@ -29,31 +28,30 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextvars
 import itertools
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from celery import bootsteps
 from celery.concurrency import get_implementation
 from celery.concurrency.base import BasePool
-from celery.exceptions import Reject, Terminated
+from celery.exceptions import Reject
 from celery.platforms import EX_FAILURE
 from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.common import QoS
-from sqlalchemy.util.concurrency import await_, greenlet_spawn
+from sqlalchemy.util.concurrency import await_
 
+from sluicegate.workers.hub_inbox import HubInbox
 from sluicegate.workers.loop_thread import AsyncioThread
 from sluicegate.workers.publishing import Publisher
-from sluicegate.workers.runs import CancelledFor, Run, SoftLimited, told
+from sluicegate.workers.runs import Run, Runs, claimed, told
 
-__all__ = ["AsyncioThread", "TaskPool", "await_", "claimed", "require_asyncio_pool"]
+__all__ = ["TaskPool", "await_", "claimed", "require_asyncio_pool"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +66,6 @@ STOP_HOOK_TIMEOUT_S = 5.0
 DRAIN_SLACK_S = 3.0
 PUBLISHER_CLOSE_TIMEOUT_S = 5.0
 THREAD_JOIN_TIMEOUT_S = 2.0
-
-
-_current_run: contextvars.ContextVar[Run] = contextvars.ContextVar("sluicegate_pool_run")
-
-
-def claimed() -> None:
-    """Say that the running task has claimed its message's work, so that another may be fetched.
-
-    Call it in a task body or in a coroutine it awaits. The pool takes it back when the task ends.
-    Repeating it does nothing, nor does calling it outside the pool (in an eager task).
-    """
-    run = _current_run.get(None)
-    if run is not None and not run.claimed and not run.settled:
-        run.claimed = True
-        run.pool.count_claimed(run)
 
 
 def require_asyncio_pool(worker: Any) -> None:
@@ -135,6 +118,7 @@ class TaskPool(BasePool):
         conf = self.app.conf
         self._stop_grace_s = float(conf.get("sluice_stop_grace_s", 30.0))
         self._cancel_grace_s = float(conf.get("sluice_cancel_grace_s", 5.0))
+        self._inbox = HubInbox()
         self._thread = AsyncioThread(
             name="sluice-loop",
             debug=os.environ.get("SLUICE_LOOP_DEBUG") == "1",
@@ -146,18 +130,19 @@ class TaskPool(BasePool):
         self._drain_hooks: list[Callable[[float], Awaitable[None]]] = []
         self._stop_hooks: list[Callable[[], Awaitable[None]]] = []
         self._pids = itertools.count(_FIRST_PID)
-        self._runs: dict[int, Run] = {}
+        self._runs = Runs(
+            thread=self._thread,
+            cancel_grace_s=self._cancel_grace_s,
+            settle=lambda *args: self._inbox.put(self._settle, *args),
+            shift_prefetch=lambda *args: self._inbox.put(self._shift_prefetch, *args),
+            tell=self._inbox.put,
+        )
         self._claimed_count = 0
         self._qos: QoS | None = None
         #: Kombu's channel that messages come over.
         self._channel: Any = None
         self._hub: Hub | None = None
-        #: Calls that wait for the hub's thread, and whether it has been woken for them.
-        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._woken = False
-        self._wake_reader, self._wake_writer = -1, -1
         self._draining = False
-        self._hurry = asyncio.Event()
         self.app.steps["consumer"].add(_Connected)
 
     # What the application may call.
@@ -196,9 +181,7 @@ class TaskPool(BasePool):
 
     def on_start(self) -> None:
         """Start the loop and the publisher, and run the start hooks."""
-        self._wake_reader, self._wake_writer = os.pipe()
-        os.set_blocking(self._wake_reader, False)
-        os.set_blocking(self._wake_writer, False)
+        self._inbox.open()
         self._thread.start()
         self.publisher.start(self._thread.loop)
         try:
@@ -216,9 +199,9 @@ class TaskPool(BasePool):
         return self._thread.alive
 
     def register_with_event_loop(self, loop: Hub) -> None:
-        """Have the hub read the pipe; called again after each reconnect, which empties the hub."""
+        """Attach the inbox; called again after each reconnect, which empties the hub."""
         self._hub = loop
-        loop.add_reader(self._wake_reader, self._on_wake)
+        self._inbox.attach(loop)
 
     def use_connection(self, qos: QoS, channel: Any) -> None:
         """Count on a new connection's prefetch, and acknowledge over its channel, from now on."""
@@ -250,7 +233,7 @@ class TaskPool(BasePool):
     ) -> Run:
         """Start a task on the loop."""
         run = Run(
-            pool=self,
+            runs=self._runs,
             pid=next(self._pids),
             target=target,
             args=tuple(args),
@@ -265,17 +248,15 @@ class TaskPool(BasePool):
             # A countdown that ended while the worker stops: another worker's, then.
             self._settle(run, error_callback, told(Reject("the worker stops", requeue=True)))
             return run
-        self._runs[run.pid] = run
+        self._runs.add(run)
         if accept_callback is not None:
             accept_callback(run.pid, time.monotonic())
-        self._thread.loop.call_soon_threadsafe(self._begin, run)
+        self._runs.begin(run)
         return run
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Cancel the task that was accepted with this pid; a finished one is left alone."""
-        run = self._runs.get(pid)
-        if run is not None and self._thread.alive:
-            self._thread.loop.call_soon_threadsafe(self._cancel, run, CancelledFor.TERMINATED)
+        self._runs.terminate(pid)
 
     def grow(self, n: int = 1) -> None:
         """Let n more messages wait unclaimed."""
@@ -295,8 +276,7 @@ class TaskPool(BasePool):
         if cold is not None and cold is not False:
             # Cold shutdown calls this inside its signal handler, where nothing may wait;
             # `on_terminate`, or the `on_stop` that the signal interrupted, does the rest.
-            if self._thread.alive:
-                self._thread.loop.call_soon_threadsafe(self._hurry.set)
+            self._runs.hurry()
             return
         self._shut_down(grace_s=self._stop_grace_s)
 
@@ -310,7 +290,7 @@ class TaskPool(BasePool):
             "loop": f"{type(self.loop).__module__}.{type(self.loop).__qualname__}",
             "running": len(self._runs),
             "claimed": self._claimed_count,
-            "waiting-callbacks": len(self._calls),
+            "waiting-callbacks": len(self._inbox),
         }
 
     # Shutting down, on the hub's thread.
@@ -324,7 +304,7 @@ class TaskPool(BasePool):
                 # Lost if the worker is told to stop while it reconnects.
                 self.register_with_event_loop(self._hub)
             drained = self._thread.submit(self._drain(grace_s))
-            drained.add_done_callback(lambda _: self._wake())
+            drained.add_done_callback(lambda _: self._inbox.wake())
             hooks_s = STOP_HOOK_TIMEOUT_S * len(self._stop_hooks)
             limit_s = grace_s + self._cancel_grace_s + hooks_s + DRAIN_SLACK_S
             self._serve_hub(drained, give_up_at_s=time.monotonic() + limit_s)
@@ -332,11 +312,8 @@ class TaskPool(BasePool):
             if not self._thread.stop(THREAD_JOIN_TIMEOUT_S):
                 logger.warning("The event loop does not end: it is left behind.")
         if self._hub is not None:
-            self._hub.remove_reader(self._wake_reader)
-        reader, writer = self._wake_reader, self._wake_writer
-        self._wake_reader, self._wake_writer = -1, -1
-        os.close(reader)
-        os.close(writer)
+            self._inbox.detach(self._hub)
+        self._inbox.close()
 
     def _serve_hub(self, drained: concurrent.futures.Future[None], *, give_up_at_s: float) -> None:
         def waits() -> bool:
@@ -358,42 +335,15 @@ class TaskPool(BasePool):
         elif (problem := drained.exception()) is not None:
             logger.error("Stopping went wrong.", exc_info=problem)
         if hub is None:
-            if self._calls:
+            if len(self._inbox):
                 logger.warning("No broker can be told what ended: the messages come back later.")
-            self._calls.clear()
+            self._inbox.discard()
         else:
-            self._run_calls()
+            self._inbox.empty()
             # What is left, such as messages with a countdown, kombu puts back as it closes.
             self._channel.qos.restore_at_shutdown = True
 
-    # Calls from the loop to the hub's thread.
-
-    def _hand_over(self, function: Callable[..., Any], *args: Any) -> None:
-        self._calls.append((function, args))
-        if not self._woken:
-            self._woken = True
-            self._wake()
-
-    def _wake(self) -> None:
-        with suppress(OSError):  # a full pipe wakes as well; a closed one has nobody to wake
-            os.write(self._wake_writer, b"\0")
-
-    def _on_wake(self) -> None:
-        with suppress(BlockingIOError):
-            os.read(self._wake_reader, 4096)
-        self._run_calls()
-
-    def _run_calls(self) -> None:
-        # Before the calls are counted: one that is added later wakes the hub again.
-        self._woken = False
-        for _ in range(len(self._calls)):
-            function, args = self._calls.popleft()
-            try:
-                function(*args)
-            except MemoryError:
-                raise
-            except Exception:
-                logger.exception("Celery's %r raised an error.", function)
+    # What the loop has the hub's thread do.
 
     def _settle(self, run: Run, callback: Callable[..., Any], *args: Any) -> None:
         try:
@@ -417,101 +367,10 @@ class TaskPool(BasePool):
 
     # On the loop.
 
-    def count_claimed(self, run: Run) -> None:
-        """Ask for one more message while this run goes on."""
-        self._hand_over(self._shift_prefetch, run, 1)
-
-    def _begin(self, run: Run) -> None:
-        task_name, task_id = run.args[:2]
-        run.task = self._thread.loop.create_task(self._execute(run), name=f"{task_name}[{task_id}]")
-
-    async def _execute(self, run: Run) -> None:
-        _current_run.set(run)
-        loop = self._thread.loop
-        timers = []
-        if run.timeout_s:
-            timers.append(loop.call_later(run.timeout_s, self._on_hard_limit, run))
-        if run.soft_timeout_s:
-            timers.append(loop.call_later(run.soft_timeout_s, self._on_soft_limit, run))
-        try:
-            result = await self._traced(run)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, Celery is told
-            self._end_with_error(run, error)
-        else:
-            self._end_with_result(run, result)
-        finally:
-            for timer in timers:
-                timer.cancel()
-            del self._runs[run.pid]
-
-    async def _traced(self, run: Run) -> Any:
-        run.started = True
-        if run.cancelled_for is not None:
-            raise asyncio.CancelledError
-        tracing = greenlet_spawn(run.target, *run.args)
-        return await (SoftLimited(tracing, run) if run.soft_timeout_s else tracing)
-
-    def _end_with_result(self, run: Run, result: Any) -> None:
-        match run.cancelled_for:
-            case CancelledFor.TERMINATED:
-                # Celery has announced the task as revoked: it stays so.
-                self._end(run, run.error_callback, told(Terminated("SIGTERM")))
-            case CancelledFor.TIMED_OUT:
-                self._end(run, run.timeout_callback, False, run.timeout_s)
-            case _:
-                self._end(run, run.callback, result)
-
-    def _end_with_error(self, run: Run, error: BaseException) -> None:
-        match run.cancelled_for:
-            case CancelledFor.TERMINATED:
-                self._end(run, run.error_callback, told(Terminated("SIGTERM")))
-            case CancelledFor.TIMED_OUT:
-                self._end(run, run.timeout_callback, False, run.timeout_s)
-            case CancelledFor.SHUT_DOWN if isinstance(error, asyncio.CancelledError):
-                self._end(run, run.error_callback, told(Reject("the worker stops", requeue=True)))
-            case _:
-                self._end(run, run.error_callback, told(error))
-
-    def _end(self, run: Run, callback: Callable[..., Any], *args: Any) -> None:
-        if not run.settled:
-            run.settled = True
-            self._hand_over(self._settle, run, callback, *args)
-
-    def _cancel(self, run: Run, why: CancelledFor) -> None:
-        # Once: a second cancellation would break into the cleaning up after the first.
-        if run.cancelled_for is None:
-            run.cancelled_for = why
-            if run.started and run.task is not None:
-                run.task.cancel()
-
-    def _on_soft_limit(self, run: Run) -> None:
-        if run.cancelled_for is None and run.task is not None:
-            run.soft_expired = True
-            run.task.cancel()
-            self._hand_over(run.timeout_callback, True, run.soft_timeout_s)
-
-    def _on_hard_limit(self, run: Run) -> None:
-        self._cancel(run, CancelledFor.TIMED_OUT)
-        if run.cancelled_for is CancelledFor.TIMED_OUT:
-            # A body that does not end when cancelled keeps running, but not its message.
-            self._thread.loop.call_later(
-                self._cancel_grace_s,
-                lambda: self._end(run, run.timeout_callback, False, run.timeout_s),
-            )
-
     async def _drain(self, grace_s: float) -> None:
         deadline_s = time.monotonic() + grace_s
         begun = [asyncio.ensure_future(hook(deadline_s)) for hook in self._drain_hooks]
-        await self._wait_for_runs(grace_s)
-        if self._runs:
-            logger.warning("The grace period is over: %d tasks are cancelled.", len(self._runs))
-        for run in list(self._runs.values()):
-            self._cancel(run, CancelledFor.SHUT_DOWN)
-        left = [run.task for run in self._runs.values() if run.task is not None]
-        if left:
-            await asyncio.wait(left, timeout=self._cancel_grace_s)
-        if self._runs:
-            logger.error("%d tasks did not end when cancelled.", len(self._runs))
+        await self._runs.end_all(grace_s)
         for hook in begun:
             hook.cancel()
         for outcome in await asyncio.gather(*begun, return_exceptions=True):
@@ -523,20 +382,10 @@ class TaskPool(BasePool):
             except Exception:
                 logger.exception("A stop hook failed.")
 
-    async def _wait_for_runs(self, timeout_s: float) -> None:
-        tasks = [run.task for run in self._runs.values() if run.task is not None]
-        if not tasks:
-            return
-        ended = asyncio.ensure_future(asyncio.wait(tasks))
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({ended, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        for waiter in (ended, hurry):
-            waiter.cancel()
-
     def _on_loop_death(self) -> None:
         # Read by the hub in its next turn: the worker ends, and its supervisor restarts it.
         state.should_terminate = EX_FAILURE  # type: ignore[assignment]  # stubs: None alone
-        self._wake()
+        self._inbox.wake()
 
 
 async def _awaited(awaitable: Awaitable[T]) -> T:

@@ -533,9 +533,9 @@ async def test_a_connection_that_would_block_the_loop_is_refused(
 
 @pytest.fixture
 def django_connection(settings: Settings) -> Iterator[Any]:
-    setup = pytest.importorskip("django").setup
-    django = pytest.importorskip("django.conf").settings
-    connections = pytest.importorskip("django.db").connections
+    from django import setup
+    from django.conf import settings as django
+    from django.db import connection, connections
     from sqlalchemy import make_url
 
     url = make_url(plain_url(settings))
@@ -554,7 +554,6 @@ def django_connection(settings: Settings) -> Iterator[Any]:
     connections.databases["default"] = connections.configure_settings({"default": database})[
         "default"
     ]
-    connection = pytest.importorskip("django.db").connection
     yield connection
     connection.close()
     del connections["default"]
@@ -566,7 +565,7 @@ def test_django_publishes_by_its_own_hook(
     states: Callable[[], dict[UUID, str]],
     published: Callable[[], list[str]],
 ) -> None:
-    transaction = pytest.importorskip("django.db").transaction
+    from django.db import transaction
 
     class GivenUpError(Exception):
         pass

@@ -267,8 +267,6 @@ def test_rotate_moves_everything_to_the_newest_key(
 def test_rotate_names_what_it_cannot_read_and_does_the_rest(
     sluice: Command, engine: Engine
 ) -> None:
-    sluice: Command, engine: Engine
-) -> None:
     with engine.connect() as connection:
         acme = add_account(connection, "acme")
         set_key(connection, "openai", acme.id, Keyring([new_key()]).encrypt(PLAIN))
