@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -24,6 +24,7 @@ from tenacity import AsyncRetrying
 
 from sluicegate.producers.client import resolve_settings
 from sluicegate.producers.forking import opening, register
+from sluicegate.producers.handles import AsyncJobHandle
 from sluicegate.producers.joining import AsyncCaller, async_caller_of, join_async
 from sluicegate.producers.listing import (
     ACCOUNT_QUERY,
@@ -35,10 +36,6 @@ from sluicegate.producers.listing import (
 from sluicegate.producers.outcomes import (
     REPEAT,
     check_timeout,
-    expecting,
-    not_committed,
-    result_of,
-    timed_out,
 )
 from sluicegate.producers.publishing import publish_accepted
 from sluicegate.producers.reply_channels import BATCH, Channel
@@ -78,92 +75,14 @@ from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
 from sluicegate.shared.errors import NotFound, QueueUnavailable, SluiceError
-from sluicegate.shared.events import Event
-from sluicegate.shared.jobs import Result, State
+from sluicegate.shared.jobs import State
 from sluicegate.shared.redis_client import make_async_redis
-from sluicegate.shared.replies import parse_event_id
 from sluicegate.shared.reply_reader import AsyncReplyReader
 from sluicegate.shared.settings import Settings
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-class AsyncJobHandle:
-    """A job that was accepted."""
-
-    def __init__(
-        self,
-        client: AsyncSluice,
-        job_id: UUID,
-        *,
-        fresh_until: float = 0.0,
-        answer_type: type[BaseModel] | None = None,
-        joined: bool = False,
-    ) -> None:
-        self.id = job_id
-        self._client = client
-        # A job that was submitted just now has not ended yet: its row need not be looked at.
-        self._fresh_until = fresh_until
-        self._answer_type = answer_type
-        self._joined = joined
-
-    def __repr__(self) -> str:
-        return f"AsyncJobHandle({str(self.id)!r})"
-
-    async def result(self, timeout: float | None = None) -> Result:  # noqa: ASYNC109 - the error is ours and tells that nothing was cancelled
-        """Wait for the answer, at most `timeout` seconds.
-
-        Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing;
-        `NotFound` if there is no such job, or the transaction it is in has not committed.
-        """
-        seconds = check_timeout(timeout)
-        (event,) = [one async for one in self._events("0", seconds, terminal_only=True)]
-        return result_of(event)
-
-    async def cancel(self) -> State:
-        """Cancel the job; see `AsyncSluice.cancel`."""
-        return await self._client.cancel(self.id)
-
-    def events(
-        self, last_id: str = "0", timeout: float | None = None
-    ) -> AsyncGenerator[Event, None]:
-        """Iterate over the job's events after `last_id`, until the terminal one.
-
-        Raises `ResultTimeout` when `timeout` seconds have passed; `NotFound`. Leave it early by
-        way of `contextlib.aclosing`.
-        """
-        parse_event_id(last_id)
-        return self._events(last_id, check_timeout(timeout), terminal_only=False)
-
-    async def _events(
-        self,
-        last_id: str,
-        timeout: float | None,  # noqa: ASYNC109 - as above
-        *,
-        terminal_only: bool,
-    ) -> AsyncGenerator[Event, None]:
-        now = time.monotonic()
-        deadline = None if timeout is None else now + timeout
-        reader = self._client.reader
-        subscription = await reader.subscribe(
-            self.id,
-            last_id,
-            terminal_only=terminal_only,
-            check_after_s=max(0.0, self._fresh_until - now),
-        )
-        try:
-            while (event := await reader.next(subscription, deadline)) is not None:
-                yield expecting(event, self._answer_type)
-        except TimeoutError:
-            raise timed_out(self.id, timeout) from None
-        except NotFound:
-            if self._joined:
-                raise not_committed(self.id) from None
-            raise
-        finally:
-            reader.unsubscribe(subscription)
 
 
 class _Lines:

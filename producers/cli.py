@@ -18,7 +18,7 @@ from sluicegate.shared.jobs import Lane
 from sluicegate.shared.terminal import AsJson
 
 if TYPE_CHECKING:
-    from sluicegate.producers.client import JobHandle
+    from sluicegate.producers.handles import JobHandle
     from sluicegate.shared.jobs import Result
 
 app = typer.Typer(pretty_exceptions_enable=False)

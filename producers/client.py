@@ -8,7 +8,7 @@ with Sluice() as sluice:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from uuid import UUID
@@ -22,6 +22,7 @@ from sluicegate.producers.batches import Batch, parse_batch_id
 from sluicegate.producers.bulk_rows import batch_form, batch_key, batch_rows, refuse
 from sluicegate.producers.bulk_storing import store_batch
 from sluicegate.producers.forking import opening, register
+from sluicegate.producers.handles import JobHandle
 from sluicegate.producers.joining import Caller, caller_of, join
 from sluicegate.producers.listing import (
     ACCOUNT_QUERY,
@@ -33,10 +34,6 @@ from sluicegate.producers.listing import (
 from sluicegate.producers.outcomes import (
     REPEAT,
     check_timeout,
-    expecting,
-    not_committed,
-    result_of,
-    timed_out,
 )
 from sluicegate.producers.publishing import publish_accepted
 from sluicegate.producers.reply_channels import BATCH, Channel
@@ -76,10 +73,8 @@ from sluicegate.shared.catalogue import Catalogue, CatalogueCache, read
 from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine
 from sluicegate.shared.errors import NotFound, QueueUnavailable, SluiceError
-from sluicegate.shared.events import Event
-from sluicegate.shared.jobs import Result, State
+from sluicegate.shared.jobs import State
 from sluicegate.shared.redis_client import make_redis
-from sluicegate.shared.replies import parse_event_id
 from sluicegate.shared.reply_reader import ReplyReader
 from sluicegate.shared.settings import Settings, get_settings, load_settings
 
@@ -91,74 +86,6 @@ def resolve_settings(settings: Settings | None, overrides: Mapping[str, object])
     if not overrides:
         return settings or get_settings()
     return load_settings(**{**(dict(settings) if settings else {}), **overrides})
-
-
-class JobHandle:
-    """A job that was accepted."""
-
-    def __init__(
-        self,
-        client: Sluice,
-        job_id: UUID,
-        *,
-        fresh_until: float = 0.0,
-        answer_type: type[BaseModel] | None = None,
-        joined: bool = False,
-    ) -> None:
-        self.id = job_id
-        self._client = client
-        # A job that was submitted just now has not ended yet: its row need not be looked at.
-        self._fresh_until = fresh_until
-        self._answer_type = answer_type
-        self._joined = joined
-
-    def __repr__(self) -> str:
-        return f"JobHandle({str(self.id)!r})"
-
-    def result(self, timeout: float | None = None) -> Result:
-        """Wait for the answer, at most `timeout` seconds.
-
-        Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing;
-        `NotFound` if there is no such job, or the transaction it is in has not committed.
-        """
-        (event,) = self._events("0", check_timeout(timeout), terminal_only=True)
-        return result_of(event)
-
-    def cancel(self) -> State:
-        """Cancel the job; see `Sluice.cancel`."""
-        return self._client.cancel(self.id)
-
-    def events(self, last_id: str = "0", timeout: float | None = None) -> Iterator[Event]:
-        """Iterate over the job's events after `last_id`, until the terminal one.
-
-        Raises `ResultTimeout` when `timeout` seconds have passed; `NotFound`.
-        """
-        parse_event_id(last_id)
-        return self._events(last_id, check_timeout(timeout), terminal_only=False)
-
-    def _events(
-        self, last_id: str, timeout: float | None, *, terminal_only: bool
-    ) -> Iterator[Event]:
-        now = time.monotonic()
-        deadline = None if timeout is None else now + timeout
-        reader = self._client.reader
-        subscription = reader.subscribe(
-            self.id,
-            last_id,
-            terminal_only=terminal_only,
-            check_after_s=max(0.0, self._fresh_until - now),
-        )
-        try:
-            while (event := reader.next(subscription, deadline)) is not None:
-                yield expecting(event, self._answer_type)
-        except TimeoutError:
-            raise timed_out(self.id, timeout) from None
-        except NotFound:
-            if self._joined:
-                raise not_committed(self.id) from None
-            raise
-        finally:
-            reader.unsubscribe(subscription)
 
 
 class _Lines:

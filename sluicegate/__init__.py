@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sluicegate.producers.async_client import AsyncJobHandle as AsyncJobHandle
     from sluicegate.producers.async_client import AsyncSluice as AsyncSluice
     from sluicegate.producers.batches import Batch as Batch
     from sluicegate.producers.batches import BatchProgress as BatchProgress
     from sluicegate.producers.batches import BatchResult as BatchResult
     from sluicegate.producers.batches import BatchView as BatchView
-    from sluicegate.producers.client import JobHandle as JobHandle
     from sluicegate.producers.client import Sluice as Sluice
+    from sluicegate.producers.handles import AsyncJobHandle as AsyncJobHandle
+    from sluicegate.producers.handles import JobHandle as JobHandle
     from sluicegate.producers.listing import JobSummary as JobSummary
     from sluicegate.producers.reply_channels import AsyncReply as AsyncReply
     from sluicegate.producers.reply_channels import Reply as Reply
@@ -62,9 +62,10 @@ if TYPE_CHECKING:
     from sluicegate.shared.settings import Settings as Settings
 
 _EXPORTS = {
-    "sluicegate.producers.async_client": ("AsyncJobHandle", "AsyncSluice"),
+    "sluicegate.producers.async_client": ("AsyncSluice",),
     "sluicegate.producers.batches": ("Batch", "BatchProgress", "BatchResult", "BatchView"),
-    "sluicegate.producers.client": ("JobHandle", "Sluice"),
+    "sluicegate.producers.client": ("Sluice",),
+    "sluicegate.producers.handles": ("AsyncJobHandle", "JobHandle"),
     "sluicegate.producers.listing": ("JobSummary",),
     "sluicegate.producers.reply_channels": ("AsyncReply", "Reply"),
     "sluicegate.producers.reply_readers": ("AsyncReplies", "Replies"),

@@ -35,7 +35,8 @@ from sluicegate.shared.errors import SettingsError, SluiceError
 from sluicegate.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from sluicegate.producers.client import JobHandle, Sluice
+    from sluicegate.producers.client import Sluice
+    from sluicegate.producers.handles import JobHandle
     from sluicegate.shared.jobs import Result
     from sluicegate.workers.local.fleet import Fleet
 

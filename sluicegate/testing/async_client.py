@@ -8,7 +8,8 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from sluicegate.producers.async_client import AsyncJobHandle, AsyncSluice
+from sluicegate.producers.async_client import AsyncSluice
+from sluicegate.producers.handles import AsyncJobHandle
 from sluicegate.producers.listing import JobFilters, JobSummary
 from sluicegate.producers.outcomes import check_timeout, expecting, not_committed
 from sluicegate.producers.reply_channels import BATCH, Channel

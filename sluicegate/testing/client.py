@@ -18,7 +18,8 @@ from pydantic import BaseModel
 
 from sluicegate.producers.batches import parse_batch_id
 from sluicegate.producers.bulk_rows import batch_form, batch_key
-from sluicegate.producers.client import JobHandle, Sluice
+from sluicegate.producers.client import Sluice
+from sluicegate.producers.handles import JobHandle
 from sluicegate.producers.listing import JobFilters, JobSummary
 from sluicegate.producers.outcomes import check_timeout, expecting, not_committed
 from sluicegate.producers.reply_channels import BATCH, Channel

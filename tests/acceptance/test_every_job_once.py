@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 
-from sluicegate.producers.client import JobHandle
+from sluicegate.producers.handles import JobHandle
 from sluicegate.shared.errors import JobExpired, JobFailed
 from sluicegate.shared.events import Event
 from sluicegate.shared.jobs import Lane
