@@ -613,7 +613,12 @@ async def test_a_publisher_refuses_what_it_cannot_hold_and_what_comes_after_its_
 
 async def test_a_publish_without_a_broker_raises_where_it_is_awaited() -> None:
     app = Celery("nowhere", broker="redis://127.0.0.1:1/0", set_as_current=False)
-    app.conf.update(task_publish_retry=False, task_ignore_result=True)
+    app.conf.update(
+        task_publish_retry=False,
+        task_ignore_result=True,
+        # As `make_celery` sets it: kombu would try for a minute.
+        broker_transport_options={"max_retries": 1, "interval_start": 0},
+    )
     publisher = Publisher(app)
     publisher.start(asyncio.get_running_loop())
     try:

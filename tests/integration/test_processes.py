@@ -19,7 +19,7 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 # What a child finds of signals: those that are blocked, and those that are ignored.
 TELLS_SIGNALS = """
 import signal
-names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+names = signal.SIGINT, signal.SIGTERM
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
 print([name.name for name in names if signal.getsignal(name) is signal.SIG_IGN])
 """
