@@ -43,4 +43,6 @@ def main(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python bulk_from_csv.py NOTES.csv SUMMARIES.csv")
     main(Path(sys.argv[1]), Path(sys.argv[2]))

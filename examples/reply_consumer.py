@@ -42,6 +42,7 @@ def main(channel: str) -> None:
             reply.ack()  # only now: what is not acknowledged comes again
             print(f"{reply.job_id} {reply.result.state}", flush=True)
     database.close()
+    print("stopped; what was not acknowledged comes again")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sluicegate.shared.connecting import connection
+from sluicegate.shared.errors import NothingToChange
 from sluicegate.shared.terminal import AsJson, money, print_json, print_table
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ Who = Annotated[str, typer.Argument(metavar="NAME", help="Its name or its id.")]
 
 @account.command("add", epilog="Example: sluice account add acme --time-zone Europe/Berlin")
 def add(
-    name: Annotated[str, typer.Argument(help="What jobs will call it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What jobs will call it.")],
     *,
-    time_zone: Annotated[str, typer.Option(help="Where its days and months turn.")] = "UTC",
+    time_zone: Annotated[
+        str, typer.Option(metavar="ZONE", help="Where its days and months turn.")
+    ] = "UTC",
     as_json: AsJson = False,
 ) -> None:
     """Add an account."""
@@ -93,16 +96,22 @@ def show(name: Who, *, as_json: AsJson = False) -> None:
 def set_some(
     name: Who,
     *,
-    time_zone: Annotated[str | None, typer.Option(help="Where its days and months turn.")] = None,
+    time_zone: Annotated[
+        str | None, typer.Option(metavar="ZONE", help="Where its days and months turn.")
+    ] = None,
     active: Annotated[
         bool | None, typer.Option("--active/--inactive", help="Whether it may submit jobs.")
     ] = None,
-    rename: Annotated[str | None, typer.Option(help="What jobs will call it.")] = None,
+    rename: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What jobs will call it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Change an account. Clients that run see it within ten seconds."""
     from sluicegate.shared.accounts import set_account
 
+    if (time_zone, active, rename) == (None, None, None):
+        raise NothingToChange
     with connection() as line:
         changed = set_account(line, name, name=rename, time_zone=time_zone, is_active=active)
     _tell(changed, as_json=as_json)

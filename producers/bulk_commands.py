@@ -37,6 +37,7 @@ bulk = typer.Typer(help="Batches: files of jobs that are cheap and steady rather
 app.add_typer(bulk, name="bulk")
 
 _SOME_FAILED = 1
+_WAS_OVER = 1
 #: The progress bar moves after so many rows.
 _ROWS_A_STEP = 200
 
@@ -97,7 +98,9 @@ def submit(
     from sluicegate.producers.bulk_files import STDIN, RejectsFile, RowFile
 
     if kind is None and file == STDIN:
-        raise InvalidJob("file", "is standard input; say with --format what it holds")
+        raise InvalidJob(
+            "file", "is standard input; say with --format (jsonl or csv) what it holds"
+        )
     given = {
         "account": account,
         "system": system,
@@ -307,17 +310,26 @@ def results(
 
 
 @bulk.command(epilog="Example: sluice bulk cancel 0192f0c1-7a2b-7cc3-9d4e-5f6071829304")
-def cancel(batch_id: BatchId, *, as_json: AsJson = False) -> None:
-    """Cancel all jobs of a batch that wait; calls that run are let finish."""
+def cancel(batch_id: BatchId, *, as_json: AsJson = False) -> int:
+    """Cancel all jobs of a batch that wait; calls that run are let finish.
+
+    The exit code is 1 if the batch was over before, and had not been cancelled.
+    """
+    from sluicegate.producers.bulk_watching import describe
+
     with _batch(batch_id) as batch:
+        was_over = batch.progress().finished_at is not None
         cancelled = batch.cancel()
         view = batch.view()
+    if was_over:
+        note(f"batch {view.id} was over before: {describe(view)}")
+    elif view.ended < view.total:
+        note(f"{view.total - view.ended:,} jobs run and may finish; none is started any more")
     if as_json:
         print_json({**_as_json(view), "newly_cancelled": cancelled})
-        return
-    typer.echo(f"{cancelled:,} jobs are cancelled")
-    if view.ended < view.total:
-        note(f"{view.total - view.ended:,} jobs run and may finish; none is started any more")
+    elif not was_over:
+        typer.echo(f"{cancelled:,} jobs are cancelled")
+    return _WAS_OVER if was_over and view.cancelled_at is None else 0
 
 
 @contextmanager

@@ -69,17 +69,21 @@ class RowFile:
         return self._lines.read_bytes
 
     def rows(self, form: Form) -> Iterator[Row]:
-        """Return the rows, to be iterated once; raise `InvalidJob` if none can be a job."""
+        """Return the rows, to be iterated once; both raise `InvalidJob` if none can be a job."""
         if self._kind is FileFormat.JSONL:
-            return self._to_the_end(read_jsonl(self._lines))
+            return self._to_the_end(read_jsonl(self._lines), "is empty")
         file = CsvFile(self._lines)
         if not file.columns:
-            raise InvalidJob("file", f"{self._path} is empty")
+            raise InvalidJob("file", f"{self.name} is empty")
         form.check_columns(file.columns)
-        return self._to_the_end(iter(file))
+        return self._to_the_end(iter(file), "has a header and no rows")
 
-    def _to_the_end(self, rows: Iterator[Row]) -> Iterator[Row]:
-        yield from rows
+    def _to_the_end(self, rows: Iterator[Row], if_none: str) -> Iterator[Row]:
+        row = None
+        for row in rows:
+            yield row
+        if row is None:
+            raise InvalidJob("file", f"{self.name} {if_none}")
         self._is_read = True
 
     def key(self, form: Form) -> str | None:
@@ -114,6 +118,8 @@ class RejectsFile:
         self._limit = limit
         self._file: BinaryIO | None = None
         self._rejected = 0
+        #: Where and why the first one was.
+        self._first = ""
 
     @staticmethod
     def default_path(path: str) -> Path:
@@ -141,17 +147,29 @@ class RejectsFile:
         """Note a row that cannot be a job; raise `SluiceError` when there are too many."""
         self._rejected += 1
         self._write(row, str(error))
+        if not self._first:
+            # What is wrong with a whole row needs no field to name it.
+            reason = error.problem if row.problem and isinstance(error, InvalidJob) else error
+            self._first = f"line {row.line}: {reason}"
         if self._rejected > self._limit:
-            reason = (
-                f"line {row.line} cannot be a job ({error})"
-                if self._limit == 0
-                else f"more than {self._limit:,} lines cannot be jobs"
+            raise self._nothing_stored(
+                f"more than {self._limit:,} lines cannot be jobs ({self._first})"
+                if self._limit
+                else self._first
             )
-            raise SluiceError(f"{reason}; nothing is stored, see {self.path}")
 
     def repeat(self, row: Row, job_id: UUID) -> None:
         """Note a row that was submitted before."""
         self._write(row, f"was submitted before as job {job_id}", job_id=str(job_id))
+
+    def nothing_left(self) -> SluiceError:
+        """Say why none of the rows is left to store."""
+        if not self._first:
+            return self._nothing_stored("all lines were submitted before")
+        return self._nothing_stored(f"no line can be a new job ({self._first})")
+
+    def _nothing_stored(self, reason: str) -> SluiceError:
+        return SluiceError(f"{reason}; nothing is stored, see {self.path}")
 
     def _write(self, row: Row, reason: str, **more: Any) -> None:
         entry = {"line": row.line, "reason": reason, **more, "raw": row.raw}

@@ -28,4 +28,6 @@ def format_of(name: str) -> FileFormat:
     for suffix, found in _FORMATS.items():
         if name.lower().endswith(suffix):
             return found
-    raise InvalidJob("file", f"{name} is neither .jsonl nor .csv; say which with --format")
+    raise InvalidJob(
+        "file", f"{name} is neither .jsonl nor .csv; say which with --format (jsonl or csv)"
+    )

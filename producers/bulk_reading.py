@@ -83,9 +83,9 @@ def read_jsonl(lines: Lines) -> Iterator[Row]:
 def _json_row(line: Line) -> Row:
     raw = line.data.rstrip(b"\r\n").decode(errors="backslashreplace")
     try:
-        values = orjson.loads(line.data)
-    except orjson.JSONDecodeError as error:
-        return Row(line.number, raw, problem=f"is not JSON: {error}")
+        values = orjson.loads(line.data.decode())
+    except (UnicodeDecodeError, orjson.JSONDecodeError) as error:
+        return Row(line.number, raw, problem=_reason(error))
     if not isinstance(values, dict):
         return Row(line.number, raw, problem='is not a JSON object, as in {"prompt": "..."}')
     return Row(line.number, raw, values)
@@ -201,6 +201,10 @@ def _reason(error: Exception) -> str:
     match error:
         case UnicodeDecodeError():
             return "is not UTF-8 text"
+        case orjson.JSONDecodeError():
+            if error.pos >= len(error.doc.rstrip()):
+                return "is not JSON: it ends too early"
+            return f"is not JSON: it goes wrong at column {error.colno}"
         case _TooLongError():
             return f"does not end within {MAX_ROW_BYTES:,} bytes; a quote may be missing"
         case _:

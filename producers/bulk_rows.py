@@ -30,11 +30,14 @@ def batch_key(options: JobOptions) -> str | None:
 
 
 def batch_rows(rows: Iterable[Any]) -> Iterator[Row]:
-    """Give each row its place, from 1; raise `InvalidJob` if these are none."""
+    """Give each row its place, from 1; raise `InvalidJob` if these are no rows, or none."""
     if isinstance(rows, str | bytes | Mapping):
         raise InvalidJob("rows", "must be a list of prompts, or of mappings with a prompt each")
+    number = 0
     for number, values in enumerate(rows, 1):
         yield Row(number, "", values)
+    if not number:
+        raise InvalidJob("rows", "is empty")
 
 
 class _Refuse:
@@ -49,6 +52,10 @@ class _Refuse:
 
     def repeat(self, row: Row, job_id: UUID) -> None:
         """Leave it out: it is counted."""
+
+    def nothing_left(self) -> SluiceError:
+        """Say that all rows had jobs: none was rejected, or it would have ended there."""
+        return SluiceError("all rows were submitted before, so there is nothing to store")
 
 
 refuse: Final = _Refuse()

@@ -104,17 +104,23 @@ class Rejects(Protocol):
     def repeat(self, row: Row, job_id: UUID) -> None:
         """Note a row whose idempotency key says that it was submitted before, as this job."""
 
+    def nothing_left(self) -> SluiceError:
+        """Return the error that says why no row is left to store."""
+
 
 @dataclass(kw_only=True)
 class _Block:
     """Rows that are checked and not yet written."""
 
-    rows: list[tuple[Row, Draft]] = field(default_factory=list)
+    #: Those that cannot be jobs too, so that rows are rejected in their order.
+    rows: list[tuple[Row, Draft | InvalidJob]] = field(default_factory=list)
     size_bytes: int = 0
 
-    def add(self, row: Row, draft: Draft) -> None:
-        self.rows.append((row, draft))
-        self.size_bytes += len(draft.request) + len(row.raw)
+    def add(self, row: Row, checked: Draft | InvalidJob) -> None:
+        self.rows.append((row, checked))
+        self.size_bytes += len(row.raw)
+        if isinstance(checked, Draft):
+            self.size_bytes += len(checked.request)
 
     @property
     def is_full(self) -> bool:
@@ -156,7 +162,7 @@ def store_batch(
                 storing.enter(connection, name)
                 storing.store(connection, rows)
                 storing.finish(connection, key())
-            except psycopg.errors.UniqueViolation as error:
+            except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected) as error:
                 connection.rollback()
                 if (standing := storing.find(connection, key())) is not None:
                     return standing
@@ -236,12 +242,7 @@ class _Storing:
         """Check the rows, and write those that can be jobs, block by block."""
         block = _Block()
         for row in rows:
-            try:
-                draft = self._check(connection, row)
-            except InvalidJob as error:
-                self._reject(row, error)
-                continue
-            block.add(row, draft)
+            block.add(row, self._check(connection, row))
             if block.is_full:
                 self._write(connection, block)
                 block = _Block()
@@ -250,10 +251,7 @@ class _Storing:
     def finish(self, connection: psycopg.Connection[Any], key: str | None) -> None:
         """Enter what is known at the end, and wake the stager once it is committed."""
         if not self._jobs:
-            raise SluiceError(
-                f"no row can be a new job ({self._rejected} are rejected, {self._repeated} were "
-                "submitted before); nothing is stored"
-            )
+            raise self._rejects.nothing_left()
         values = {
             "id": self.batch_id,
             "total": self._jobs,
@@ -270,12 +268,15 @@ class _Storing:
             return line.execute(_FIND_BATCH, values).fetchone() is not None
         return False
 
-    def _check(self, connection: psycopg.Connection[Any], row: Row) -> Draft:
+    def _check(self, connection: psycopg.Connection[Any], row: Row) -> Draft | InvalidJob:
         if row.problem:
-            raise InvalidJob("row", row.problem)
-        request = self._form.request(row.values)
-        self._know(connection, request.terms.account)
-        return self._desk.draft(request)
+            return InvalidJob("row", row.problem)
+        try:
+            request = self._form.request(row.values)
+            self._know(connection, request.terms.account)
+            return self._desk.draft(request)
+        except InvalidJob as error:
+            return error
 
     def _know(self, connection: psycopg.Connection[Any], account: str) -> None:
         if account in self._accounts:
@@ -290,7 +291,7 @@ class _Storing:
         self._rejects.reject(row, error)
 
     def _write(self, connection: psycopg.Connection[Any], block: _Block) -> None:
-        rows = self._without_repeats(connection, block.rows)
+        rows = self._new(connection, block.rows)
         self._jobs += len(rows)
         cursor = connection.cursor()
         with cursor.copy(_COPY_JOBS) as copy:
@@ -322,27 +323,19 @@ class _Storing:
             for _, draft in rows:
                 copy.write_row((draft.id, draft.request))
 
-    def _without_repeats(
-        self, connection: psycopg.Connection[Any], rows: list[tuple[Row, Draft]]
+    def _new(
+        self, connection: psycopg.Connection[Any], rows: list[tuple[Row, Draft | InvalidJob]]
     ) -> list[tuple[Row, Draft]]:
-        """Leave out rows whose key has a job: its own is the same job, another's a conflict."""
-        keyed = [draft for _, draft in rows if draft.idempotency_key is not None]
-        if not keyed:
-            return rows
-        columns = {
-            name: [getattr(draft, name) for draft in keyed]
-            for name in ("id", "account_id", "idempotency_key")
-        }
-        ids = {draft.id: draft for draft in keyed}
-        standing = {
-            (ids[row.draft_id].account_id, ids[row.draft_id].idempotency_key): (
-                row.id,
-                bytes(row.request_hash),
-            )
-            for row in connection.execute(FIND, columns)
-        }
+        """Leave out rows that cannot be jobs, and those whose key has a job.
+
+        Its own is the same job, another's a conflict.
+        """
+        standing = self._standing(connection, [one for _, one in rows if isinstance(one, Draft)])
         left = []
         for row, draft in rows:
+            if isinstance(draft, InvalidJob):
+                self._reject(row, draft)
+                continue
             if draft.idempotency_key is not None:
                 own = draft.id, draft.request_hash
                 job_id, request_hash = standing.setdefault(
@@ -357,6 +350,26 @@ class _Storing:
                     continue
             left.append((row, draft))
         return left
+
+    def _standing(
+        self, connection: psycopg.Connection[Any], drafts: list[Draft]
+    ) -> dict[tuple[UUID, str | None], tuple[UUID, bytes]]:
+        """Return the jobs that have the keys of these already: by key, id and hash."""
+        keyed = [draft for draft in drafts if draft.idempotency_key is not None]
+        if not keyed:
+            return {}
+        columns = {
+            name: [getattr(draft, name) for draft in keyed]
+            for name in ("id", "account_id", "idempotency_key")
+        }
+        ids = {draft.id: draft for draft in keyed}
+        return {
+            (ids[row.draft_id].account_id, ids[row.draft_id].idempotency_key): (
+                row.id,
+                bytes(row.request_hash),
+            )
+            for row in connection.execute(FIND, columns)
+        }
 
 
 def _conflict(draft: Draft) -> IdempotencyConflict:

@@ -13,10 +13,8 @@ from sluicegate.producers.batches import POLL_S, Batch, BatchProgress, BatchView
 from sluicegate.shared.errors import QueueUnavailable
 from sluicegate.shared.terminal import console, money, note
 
-#: How often a line is printed where there is no terminal.
-_LINE_S: Final = 5.0
-#: How often the cost is summed up: that reads every job.
-_COST_S: Final = 10.0
+#: How often the cost is summed up, and a line printed where there is no terminal.
+_COST_S: Final = 5.0
 #: An outage of Postgres that a watch outlasts.
 _OUTAGE_S: Final = 60.0
 
@@ -36,27 +34,33 @@ def watch(batch: Batch, *, quiet: bool = False) -> BatchView:
     return batch.view()
 
 
-def _looks(batch: Batch) -> Iterator[BatchView]:
-    """Look once a second until the batch has ended; outlast an outage."""
-    view = batch.view()
+def _looks(batch: Batch) -> Iterator[BatchProgress | None]:
+    """Look once a second until the batch has ended; outlast an outage.
+
+    The first look, the last one and some between are `BatchView`s: the cost is read with them. None
+    stands for one that Postgres did not answer.
+    """
+    seen: BatchProgress = batch.view()
     cost_at = seen_at = time.monotonic()
-    while True:
-        yield view
-        if view.finished_at is not None:
-            return
+    is_away = False
+    yield seen
+    while seen.finished_at is None:
         time.sleep(POLL_S)
         now = time.monotonic()
         try:
-            if now - cost_at >= _COST_S:
-                view, cost_at = batch.view(), now
-            else:
-                progress: BatchProgress = batch.progress()
-                view = BatchView(**dict(progress), cost_nano_usd=view.cost_nano_usd)
+            look = batch.progress()
+            if look.finished_at is not None or now - cost_at >= _COST_S:
+                look, cost_at = batch.view(), now
         except QueueUnavailable:
             if now - seen_at > _OUTAGE_S:
                 raise
+            if not is_away:
+                note("Postgres does not answer; still trying")
+            is_away = True
+            yield None
             continue
-        seen_at = now
+        seen, seen_at, is_away = look, now, False
+        yield seen
 
 
 def describe(view: BatchProgress) -> str:
@@ -71,20 +75,32 @@ def describe(view: BatchProgress) -> str:
     return f"{view.ended:,} of {view.total:,} have ended" + "".join(f", {one}" for one in parts)
 
 
+class _Pace:
+    """How fast a batch goes since somebody began to watch it."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._began_at = 0.0
+
+    def describe(self, view: BatchProgress) -> str:
+        """Say how many jobs end a second, and how long it takes; nothing at the first look."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._began_at = view.ended, now
+            return ""
+        rate = (view.ended - self._first) / max(now - self._began_at, POLL_S)
+        left = "" if rate <= 0 else f", about {(view.total - view.ended) / rate:,.0f} s left"
+        return f", {rate:.1f} a second{left}"
+
+
 def _print_lines(batch: Batch) -> None:
     """Print a line every few seconds: state by state, cost, jobs a second, seconds left."""
-    began_at, printed_at, first = time.monotonic(), 0.0, None
+    pace = _Pace()
     for view in _looks(batch):
-        now = time.monotonic()
-        first = view.ended if first is None else first
-        if now - printed_at < _LINE_S and view.finished_at is None:
-            continue
-        printed_at = now
-        rate = (view.ended - first) / max(now - began_at, POLL_S)
-        left = "" if not rate else f", about {(view.total - view.ended) / rate:,.0f} s left"
-        line = f"{describe(view)}, {money(view.cost_nano_usd)}"
-        typer.echo(line if view.finished_at else f"{line}, {rate:.1f} a second{left}")
-        sys.stdout.flush()
+        if isinstance(view, BatchView):
+            goes = pace.describe(view) if view.finished_at is None else ""
+            typer.echo(f"{describe(view)}, {money(view.cost_nano_usd)}{goes}")
+            sys.stdout.flush()
 
 
 def _show_bar(batch: Batch) -> None:
@@ -93,28 +109,21 @@ def _show_bar(batch: Batch) -> None:
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeRemainingColumn,
     )
 
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console(stderr=True),
-    ) as bar:
-        task = None
+    pace, cost, last = _Pace(), "", None
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
         for view in _looks(batch):
-            words = f"{view.failed + view.expired + view.cancelled:,} without an answer"
-            if task is None:
-                task = bar.add_task("", total=view.total)
-            bar.update(
-                task,
-                completed=view.ended,
-                description=f"{words}, {money(view.cost_nano_usd)}, {_rate(bar.tasks[0].speed)}",
-            )
-    note(describe(view))
-
-
-def _rate(per_second: float | None) -> str:
-    return f"{per_second or 0.0:.1f} a second"
+            if view is None:
+                bar.update(task, description="Postgres does not answer")
+                continue
+            if isinstance(view, BatchView):
+                cost = money(view.cost_nano_usd)
+            without = f"{view.failed + view.expired + view.cancelled:,} without an answer"
+            words = f"{without}, {cost}{pace.describe(view)}"
+            bar.update(task, completed=view.ended, total=view.total, description=words)
+            last = view
+    if last is not None:
+        note(describe(last))

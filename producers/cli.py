@@ -15,7 +15,7 @@ import typer
 
 from sluicegate.shared.errors import InvalidJob
 from sluicegate.shared.jobs import Lane
-from sluicegate.shared.terminal import AsJson
+from sluicegate.shared.terminal import AsJson, console, money
 
 if TYPE_CHECKING:
     from sluicegate.producers.handles import JobHandle
@@ -87,7 +87,9 @@ def submit(
             elif stream:
                 _print_stream(handle)
             else:
-                _print_answer(handle.result())
+                result = handle.result()
+                _print_answer(result)
+                _print_figures(result)
         except KeyboardInterrupt:
             typer.echo(
                 f"sluice: job {handle.id} goes on; see `sluice job show {handle.id}`", err=True
@@ -175,3 +177,14 @@ def _print_answer(result: Result) -> None:
         typer.echo(result.text)
     for call in result.tool_calls:
         typer.echo(json.dumps({"tool_call": {"name": call.name, "arguments": call.arguments}}))
+
+
+def _print_figures(result: Result) -> None:
+    """Tell somebody at a terminal which job that was, and what it took."""
+    if not sys.stderr.isatty():
+        return
+    figures = [f"job {result.job_id}", result.model or "", money(result.cost_nano_usd)]
+    if result.created_at and result.finished_at:
+        figures.append(f"{(result.finished_at - result.created_at).total_seconds():.1f} s")
+    line = ", ".join(filter(None, figures))
+    console(stderr=True).print(line, style="dim", highlight=False, markup=False, soft_wrap=True)

@@ -258,7 +258,7 @@ class Sluice:
         return JobHandle(self, wanted)
 
     def list_jobs(self, **filters: Unpack[JobFilters]) -> list[JobSummary]:
-        """List jobs, newest first; raises `NotFound` for an account that is not there."""
+        """List jobs, newest first; raises `InvalidJob` for an account that is not there."""
         jobs = JobList(filters)
         accounts: Sequence[Row[Any]] = ()
         if jobs.account is not None:

@@ -12,6 +12,7 @@ from uuid import UUID
 from sluicegate.shared.catalogue import Catalogue, Provider
 from sluicegate.shared.errors import InvalidJob, UnknownPrice
 from sluicegate.shared.pricing import baseline_provider, price_card
+from sluicegate.shared.provider_keys import GIVE_KEY, Readers
 from sluicegate.shared.queues import POOLS
 from sluicegate.shared.routing import Needs, route
 from sluicegate.shared.settings import Settings
@@ -294,6 +295,11 @@ def judge_keys(
         for name in unreadable
     ]
     return found
+
+
+def judge_keyrings(readers: Readers) -> list[Finding]:
+    """Find workers that cannot decrypt a key that is set from now on."""
+    return [warning("keys", readers.problem, GIVE_KEY)] if readers.problem else []
 
 
 def judge_processes(

@@ -15,6 +15,7 @@ from sluicegate.producers.diagnosis import (
     Finding,
     judge_catalogue,
     judge_clocks,
+    judge_keyrings,
     judge_keys,
     judge_postgres,
     judge_processes,
@@ -27,6 +28,7 @@ from sluicegate.shared.catalogue import Catalogue, read
 from sluicegate.shared.database import DATABASE_ERRORS, check_schema, make_engine
 from sluicegate.shared.errors import SchemaOutdated, SettingsError
 from sluicegate.shared.jobs import Lane
+from sluicegate.shared.provider_keys import readers
 from sluicegate.shared.queues import POOLS, pool_queues
 from sluicegate.shared.redis_client import make_redis
 from sluicegate.shared.secrets import Keyring, SecretUnreadable
@@ -154,7 +156,10 @@ def _look_at_keys(
         else:
             if row.is_global:
                 sources.setdefault(row.pool, "from the database")
-    return judge_keys(catalogue.providers, sources, unreadable)
+    findings = judge_keys(catalogue.providers, sources, unreadable)
+    if not keyring.fingerprints:
+        return findings
+    return findings + judge_keyrings(readers(connection, keyring))
 
 
 def _redis_difference_s(client: redis.Redis) -> float:

@@ -51,8 +51,9 @@ class JobHandle:
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the answer, at most `timeout` seconds.
 
-        Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing;
-        `NotFound` if there is no such job, or the transaction it is in has not committed.
+        Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing
+        and says so if no server answered meanwhile; `NotFound` if there is no such job, or the
+        transaction it is in has not committed.
         """
         (event,) = self._events("0", check_timeout(timeout), terminal_only=True)
         return result_of(event)
@@ -85,7 +86,8 @@ class JobHandle:
             while (event := reader.next(subscription, deadline)) is not None:
                 yield expecting(event, self._answer_type)
         except TimeoutError:
-            raise timed_out(self.id, timeout) from None
+            unheard = reader.unheard(subscription)
+            raise timed_out(self.id, timeout, unheard=unheard) from None
         except NotFound:
             if self._joined:
                 raise not_committed(self.id) from None
@@ -119,8 +121,9 @@ class AsyncJobHandle:
     async def result(self, timeout: float | None = None) -> Result:  # noqa: ASYNC109 - the error is ours and tells that nothing was cancelled
         """Wait for the answer, at most `timeout` seconds.
 
-        Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing;
-        `NotFound` if there is no such job, or the transaction it is in has not committed.
+        Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing
+        and says so if no server answered meanwhile; `NotFound` if there is no such job, or the
+        transaction it is in has not committed.
         """
         seconds = check_timeout(timeout)
         (event,) = [one async for one in self._events("0", seconds, terminal_only=True)]
@@ -161,7 +164,8 @@ class AsyncJobHandle:
             while (event := await reader.next(subscription, deadline)) is not None:
                 yield expecting(event, self._answer_type)
         except TimeoutError:
-            raise timed_out(self.id, timeout) from None
+            unheard = reader.unheard(subscription)
+            raise timed_out(self.id, timeout, unheard=unheard) from None
         except NotFound:
             if self._joined:
                 raise not_committed(self.id) from None

@@ -209,7 +209,7 @@ def cancel_jobs(
     )
     with Sluice() as sluice:
         wanted = _choose(sluice, "Cancel", job_ids, filters, _NOT_OVER, limit=limit, yes=yes)
-        steered = _steer("Cancelling", wanted, sluice.cancel)
+        steered, refused = _steer(sluice, "Cancelling", wanted, sluice.cancel)
         if wait:
             _await_cancelled(sluice, steered)
     expected = (State.CANCELLED,) if wait else (State.CANCELLED, State.RUNNING)
@@ -218,7 +218,7 @@ def cancel_jobs(
             note(f"job {job_id} still runs; it is cancelled once its worker is heard of")
         elif ended is not None and ended not in expected:
             note(f"job {job_id} was over before: it {ended}")
-    _report(steered, expected, as_json=as_json)
+    _report(steered, refused, expected, as_json=as_json)
 
 
 def _await_cancelled(sluice: Sluice, steered: dict[str, State | None]) -> None:
@@ -276,8 +276,8 @@ def retry_jobs(
             return State.QUEUED
 
         wanted = _choose(sluice, "Retry", job_ids, filters, [State.FAILED], limit=limit, yes=yes)
-        steered = _steer("Retrying", wanted, retry)
-    _report(steered, (State.QUEUED,), as_json=as_json)
+        steered, refused = _steer(sluice, "Retrying", wanted, retry)
+    _report(steered, refused, (State.QUEUED,), as_json=as_json)
 
 
 @job.command("events", epilog=f"Example: sluice job events {_EXAMPLE_ID} --json")
@@ -292,7 +292,10 @@ def print_events(
     from sluicegate.producers.client import Sluice
 
     with Sluice() as sluice:
-        for event in sluice.handle(job_id).events(last_id, timeout):
+        events = sluice.handle(job_id).events(last_id, timeout)
+        # A job that is not there, or a server that is away, is known at once, without a wait.
+        sluice.get(job_id)
+        for event in events:
             if as_json:
                 print_json({"id": event.id, **event.payload.model_dump(mode="json")})
             else:
@@ -358,17 +361,29 @@ def _choose(
 
 
 def _steer(
-    doing: str, job_ids: Sequence[str], steer: Callable[[str], State]
-) -> dict[str, State | None]:
-    """Steer one job after the other; None stands for one that could not be, with a note why."""
+    sluice: Sluice, doing: str, job_ids: Sequence[str], steer: Callable[[str], State]
+) -> tuple[dict[str, State | None], set[str]]:
+    """Steer one job after the other; a note says why one is refused.
+
+    Returns the state of each, None for one that is not there, and those that were refused.
+    """
     steered: dict[str, State | None] = {}
+    refused: set[str] = set()
     for job_id in _progress(doing, job_ids):
         try:
             steered[job_id] = steer(job_id)
         except (NotFound, IllegalTransition, InvalidJob) as error:
-            steered[job_id] = None
             note(str(error))
-    return steered
+            refused.add(job_id)
+            steered[job_id] = _state(sluice, job_id)
+    return steered, refused
+
+
+def _state(sluice: Sluice, job_id: str) -> State | None:
+    try:
+        return sluice.get(job_id).state
+    except NotFound:
+        return None
 
 
 def _progress(doing: str, job_ids: Sequence[str]) -> Iterable[str]:
@@ -382,12 +397,16 @@ def _progress(doing: str, job_ids: Sequence[str]) -> Iterable[str]:
 
 
 def _report(
-    steered: dict[str, State | None], expected: tuple[State, ...], *, as_json: bool
+    steered: dict[str, State | None],
+    refused: set[str],
+    expected: tuple[State, ...],
+    *,
+    as_json: bool,
 ) -> None:
     """Print what became of each job; exit with 1 unless all are as expected."""
     if as_json:
         print_json({"jobs": [{"id": job_id, "state": state} for job_id, state in steered.items()]})
     elif steered:
         print_table(None, [(job_id, state or "not there") for job_id, state in steered.items()])
-    if not set(steered.values()) <= set(expected):
+    if refused or not set(steered.values()) <= set(expected):
         raise typer.Exit(1)

@@ -12,10 +12,11 @@ from uuid import UUID
 from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, ValidationError
 from sqlalchemy import Row
 
-from sluicegate.shared.errors import ErrorClass, InvalidJob, NotFound
+from sluicegate.shared.errors import ErrorClass, InvalidJob
 from sluicegate.shared.ids import first_id
 from sluicegate.shared.jobs import Lane, State, dollars
 from sluicegate.shared.messages import Frozen
+from sluicegate.shared.refusals import refusal
 
 #: Jobs that one list may hold.
 MAX_LISTED: Final = 10_000
@@ -143,9 +144,8 @@ class JobList:
         try:
             self._filters = _Filters(**given)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            problem = first["msg"].removeprefix("Value error, ")
-            raise InvalidJob(str(first["loc"][0]), problem[0].lower() + problem[1:]) from None
+            refused = refusal(error)
+            raise InvalidJob(refused.field.partition(".")[0], refused.problem) from None
 
     @property
     def account(self) -> str | None:
@@ -153,7 +153,7 @@ class JobList:
         return self._filters.account
 
     def statement(self, accounts: Iterable[Row[Any]] = ()) -> tuple[str, dict[str, Any]]:
-        """Return the statement and its parameters; raise `NotFound` if the account is not there.
+        """Return the statement and its parameters; raise `InvalidJob` if the account is not there.
 
         `accounts` are the rows of `ACCOUNT_QUERY`.
         """
@@ -166,7 +166,7 @@ class JobList:
         if filters.account is not None:
             ids = [row.id for row in accounts]
             if not ids:
-                raise NotFound(f"there is no account {filters.account!r}")
+                raise InvalidJob("account", f"there is no account {filters.account!r}")
             values["account_id"] = ids[0]
         if filters.state is not None:
             values["state"] = [state.value for state in filters.state]

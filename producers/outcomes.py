@@ -43,7 +43,8 @@ def result_of(event: Event) -> Result:
     kind = _ENDED.get(result.state)
     if kind is None:
         return result
-    message = result.error.message if result.error is not None else None
+    ended = f"job {result.job_id} {result.state}"
+    message = ended if result.error is None else f"{ended}: {result.error.message}"
     raise kind(message, job_id=str(result.job_id), state=result.state.value)
 
 
@@ -73,8 +74,13 @@ def check_timeout(timeout: object) -> float | None:
     return float(timeout)
 
 
-def timed_out(job_id: object, timeout: float | None) -> ResultTimeout:
-    """Build the error of a wait that took too long."""
+def timed_out(job_id: object, timeout: float | None, *, unheard: bool = False) -> ResultTimeout:
+    """Build the error of a wait that took too long; `unheard`: no server answered meanwhile."""
+    if unheard:
+        return ResultTimeout(
+            f"neither Postgres nor Redis answered within {timeout:g} s, so nobody knows how job "
+            f"{job_id} stands; ask again, and check SLUICE_DATABASE_URL and SLUICE_REDIS_URL"
+        )
     return ResultTimeout(
         f"job {job_id} did not end within {timeout:g} s; it goes on, and its result can still "
         "be read"

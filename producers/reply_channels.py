@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 _NAME: TypeAdapter[str] = TypeAdapter(ChannelName)
 
-#: Replies that one read fetches, unless the caller says otherwise, and at most.
-BATCH: Final = 20
+#: Replies that one read fetches, unless the caller says otherwise, and at most. One that was
+#: fetched counts as delivered, even if its consumer dies before it comes to it.
+BATCH: Final = 1
 _BATCH_MAX: Final = 1000
 #: A read blocks this long at most: then it is time to look for replies that others left, or to end.
 _BLOCK_S: Final = 2.0
@@ -59,7 +60,8 @@ class Delivery:
     metadata: Mapping[str, str] = field(hash=False)
     idempotency_key: str | None
     request_id: str | None
-    #: How often the group was given it, this time included.
+    #: How often a consumer of the group has fetched it, this time included. With a `batch` of more
+    #: than one some may have died before they came to it.
     deliveries: int
 
     @property
@@ -145,6 +147,8 @@ class Channel:
         self._held: dict[str, float] = {}
         self._unreadable: list[str] = []
         self._failures = 0
+        #: Why Redis has not answered the last time; empty if it has.
+        self.problem = ""
         self._said_at = -_SAY_S
         self._begin(_Phase.GROUP)
 
@@ -197,6 +201,7 @@ class Channel:
     def accept(self, answer: Any, now: float) -> bool:
         """Take in what Redis answered; return whether it has nothing more just now."""
         self._failures = 0
+        self.problem = ""
         if self._unreadable:
             self._unreadable = []
         elif self._found:
@@ -272,6 +277,7 @@ class Channel:
             # The answer that was lost may have given entries to this consumer.
             self._begin(_Phase.OWN)
         self._failures += 1
+        self.problem = text
         if now - self._said_at >= _SAY_S:
             self._said_at = now
             log.warning("reply channel %s cannot be read just now: %s", self.name, text)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +15,10 @@ from sluicegate.shared.connecting import connection
 from sluicegate.shared.terminal import AsJson, age, money, note, print_json, print_table
 
 if TYPE_CHECKING:
+    import redis
+
     from sluicegate.producers.reply_channels import Delivery
+    from sluicegate.shared.errors import QueueUnavailable
     from sluicegate.shared.settings import Settings
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -79,22 +84,13 @@ def list_channels(*, as_json: AsJson = False) -> None:
 
 def _groups(settings: Settings, channels: list[str]) -> list[list[dict[str, Any]]]:
     """Ask Redis for the groups of each channel."""
-    import redis
-
-    from sluicegate.shared.errors import QueueUnavailable
-    from sluicegate.shared.redis_client import make_redis
     from sluicegate.shared.reply_channels import channel_key
 
-    client = make_redis(settings)
-    try:
+    with _redis(settings) as client:
         pipeline = client.pipeline(transaction=False)
         for channel in channels:
             pipeline.xinfo_groups(settings.redis_prefix + channel_key(channel))
         found = pipeline.execute(raise_on_error=False)
-    except redis.RedisError as error:
-        raise QueueUnavailable(f"Redis did not answer; check SLUICE_REDIS_URL ({error})") from error
-    finally:
-        client.connection_pool.disconnect()
     # Of a channel that nothing was brought to yet there is no stream.
     return [
         []
@@ -112,6 +108,28 @@ def _groups(settings: Settings, channels: list[str]) -> list[list[dict[str, Any]
     ]
 
 
+@contextmanager
+def _redis(settings: Settings) -> Iterator[redis.Redis]:
+    """Connect to Redis for one command."""
+    import redis
+
+    from sluicegate.shared.redis_client import make_redis
+
+    client = make_redis(settings)
+    try:
+        yield client
+    except redis.RedisError as error:
+        raise _away(error) from error
+    finally:
+        client.connection_pool.disconnect()
+
+
+def _away(reason: object) -> QueueUnavailable:
+    from sluicegate.shared.errors import QueueUnavailable
+
+    return QueueUnavailable(f"Redis did not answer ({reason}); check SLUICE_REDIS_URL")
+
+
 @reply.command("tail", epilog="Example: sluice reply tail crm-eu --group ops --timeout 60")
 def tail(
     channel: _Channel,
@@ -125,17 +143,23 @@ def tail(
     """Print results as they come, and acknowledge them for the group.
 
     A new group begins with what is kept. From then on results are kept until it has them, so
-    `sluice reply forget` it when you are done.
+    `sluice reply forget` it when you are done. The exit code is 1 if Redis is away at the end.
     """
     from sluicegate.producers.client import Sluice
+    from sluicegate.shared.settings import get_settings
 
     with Sluice() as sluice, sluice.replies(channel, group, timeout=timeout) as replies:
+        # A server that is not there is told at once; one that goes away meanwhile is waited for.
+        with _redis(get_settings()) as client:
+            client.ping()
         for one in replies:
             if as_json:
                 print_json(_plain(one))
             else:
                 typer.echo("\t".join(" ".join(cell.split()) for cell in _cells(one)))
             one.ack()
+        if replies.problem:
+            raise _away(replies.problem)
 
 
 def _plain(one: Delivery) -> dict[str, Any]:
@@ -162,23 +186,15 @@ def forget(
     group: Annotated[str, typer.Option(help="The consumer group to remove.")],
 ) -> None:
     """Remove a consumer group that nobody reads as any more: results are not kept for it."""
-    import redis
-
-    from sluicegate.shared.errors import NotFound, QueueUnavailable
-    from sluicegate.shared.redis_client import make_redis
+    from sluicegate.shared.errors import NotFound
     from sluicegate.shared.reply_channels import channel_key
     from sluicegate.shared.settings import get_settings
 
     settings = get_settings()
-    client = make_redis(settings)
     key = settings.redis_prefix + channel_key(channel)
-    try:
+    with _redis(settings) as client:
         # First here: while the stream is whole, the sweep takes a group that is gone as removed.
         known = bool(client.exists(key)) and bool(client.xgroup_destroy(key, group))
-    except redis.RedisError as error:
-        raise QueueUnavailable(f"Redis did not answer; check SLUICE_REDIS_URL ({error})") from error
-    finally:
-        client.connection_pool.disconnect()
     with connection() as line:
         result = line.exec_driver_sql(_FORGET_GROUP, {"channel": channel, "group": group})
     if not known and not result.rowcount:

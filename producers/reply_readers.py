@@ -76,6 +76,11 @@ class Replies(Iterator[Reply]):
         """The name under which the group knows this consumer."""
         return self._channel.consumer
 
+    @property
+    def problem(self) -> str:
+        """Why Redis did not answer the last time it was asked; empty if it did."""
+        return self._channel.problem
+
     def __iter__(self) -> Self:
         return self
 
@@ -169,6 +174,11 @@ class AsyncReplies(AsyncIterator[AsyncReply]):
     def consumer(self) -> str:
         """The name under which the group knows this consumer."""
         return self._channel.consumer
+
+    @property
+    def problem(self) -> str:
+        """Why Redis did not answer the last time it was asked; empty if it did."""
+        return self._channel.problem
 
     def __aiter__(self) -> Self:
         return self

@@ -31,6 +31,9 @@ Command = tuple[str | int | bytes, ...]
 #: The states out of which `job retry` leads.
 REOPENABLE: Final = TERMINAL - {State.SUCCEEDED}
 
+# What waited for a lock sees the row in `job` as it is now, but builds its new row from the version
+# of its snapshot at first, and checks the constraints on that before it starts again with the
+# newest: columns that a constraint ties together are all set.
 #: Cancels the jobs `%(job_ids)s`, each as its state demands; rows for `read_cancelled`.
 CANCEL: Final = f"""
 WITH job AS (
@@ -39,7 +42,9 @@ WITH job AS (
     ORDER BY j.id
     FOR NO KEY UPDATE
 ), ended AS (
-    UPDATE jobs j SET state = 'cancelled', fence = j.fence + 1, finished_at = now()
+    UPDATE jobs j
+    SET state = 'cancelled', worker_id = NULL, claim_id = NULL, fence = j.fence + 1,
+        finished_at = now()
     FROM job WHERE j.id = job.id AND job.state IN ('queued', 'parked')
     RETURNING j.*
 ), asked AS (
@@ -78,8 +83,9 @@ WITH job AS (
     DELETE FROM results r USING job WHERE r.job_id = job.id AND job.opens
 ), opened AS (
     UPDATE jobs j
-    SET state = 'queued', queue = %(queue)s, fence = j.fence + 1, attempts_used = 0,
-        unknown_attempts = 0, refused = '{}', run_at = now(), published_at = now(),
+    SET state = 'queued', worker_id = NULL, claim_id = NULL, queue = %(queue)s,
+        fence = j.fence + 1, attempts_used = 0, unknown_attempts = 0, refused = '{}',
+        run_at = now(), published_at = now(),
         deadline_at = now() + make_interval(secs => %(deadline_s)s), finished_at = NULL,
         cancel_requested_at = NULL
     FROM job WHERE j.id = job.id AND job.opens

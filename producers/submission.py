@@ -29,6 +29,7 @@ from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import JobSpec, Lane, State, build_spec
 from sluicegate.shared.messages import Frozen, Message, ResponseFormat, Tool
 from sluicegate.shared.queues import queue_name
+from sluicegate.shared.refusals import refusal
 from sluicegate.shared.routing import needs_of, route
 from sluicegate.shared.settings import Settings
 
@@ -154,12 +155,18 @@ def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -
     try:
         terms = _Terms(**given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise InvalidJob(str(first["loc"][0]), _sentence(first["type"], first["msg"])) from None
+        raise refusal(error) from None
     fields = {name: options[name] for name in _FIELDS & options.keys()}
-    answer_type = answer_type_of(fields.get("response_format"))
+    response_format = fields.get("response_format")
+    answer_type = answer_type_of(response_format)
     if answer_type is not None:
         fields["response_format"] = response_format_of(answer_type)
+    elif not isinstance(response_format, ResponseFormat | Mapping | None):
+        raise InvalidJob(
+            "response_format",
+            "must be a pydantic model class, or a ResponseFormat or a mapping with name and "
+            "json_schema",
+        )
     return Request(use_case, prompt, fields, terms, answer_type)
 
 
@@ -172,12 +179,6 @@ def _seconds_left(deadline: object) -> object:
             raise InvalidJob("deadline", "is a time without a time zone; give it one")
         return (deadline - datetime.now(UTC)).total_seconds()
     return deadline
-
-
-def _sentence(kind: str, message: str) -> str:
-    if kind in ("string_pattern_mismatch", "string_unicode"):
-        return "must be text without control characters or lone surrogates"
-    return message[0].lower() + message[1:]
 
 
 def read_requests(

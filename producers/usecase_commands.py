@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sluicegate.shared.connecting import catalogue_change, connection
-from sluicegate.shared.errors import InvalidJob, NotFound, UnknownPrice
+from sluicegate.shared.errors import InvalidJob, NotFound, NothingToChange, UnknownPrice
 from sluicegate.shared.settings import get_settings
 from sluicegate.shared.terminal import AsJson, note, print_json, print_table, split
 
@@ -21,8 +21,10 @@ app = typer.Typer(pretty_exceptions_enable=False)
 usecase = typer.Typer(no_args_is_help=True, help="Use cases: the kinds of work that jobs are.")
 app.add_typer(usecase, name="usecase")
 
-Name = Annotated[str, typer.Argument(help="What jobs call it.")]
-Description = Annotated[str | None, typer.Option(help="What it is for, on one line.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="What jobs call it.")]
+Description = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What it is for, on one line.")
+]
 Prefer = Annotated[
     Literal["priority", "cheapest", "fastest"] | None,
     typer.Option(help="Which of the providers that serve it comes first."),
@@ -87,7 +89,10 @@ def add(
     description: Description = None,
     provider: Annotated[
         str | None,
-        typer.Option(help="Who serves it, with commas between; without it, the default ones."),
+        typer.Option(
+            metavar="NAME",
+            help="Who serves it, with commas between; without it, the default ones.",
+        ),
     ] = None,
     prefer: Prefer = None,
     max_tokens: MaxTokens = None,
@@ -111,7 +116,8 @@ def set_some(
     *,
     description: Description = None,
     provider: Annotated[
-        str | None, typer.Option(help="Who serves it from now on, with commas between.")
+        str | None,
+        typer.Option(metavar="NAME", help="Who serves it from now on, with commas between."),
     ] = None,
     prefer: Prefer = None,
     max_tokens: MaxTokens = None,
@@ -124,6 +130,8 @@ def set_some(
 
     change = UseCaseChange.of(**_given(context))
     providers = None if provider is None else split(provider)
+    if providers is None and not change.model_fields_set:
+        raise NothingToChange
     mode = get_settings().catalogue
     with catalogue_change() as line:
         set_use_case(line, name, change, mode=mode, providers=providers, force=force)

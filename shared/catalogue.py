@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sluicegate.shared.pricing import PriceCard, price_card
 from sluicegate.shared.redis_client import make_redis
 from sluicegate.shared.settings import Settings
-from sluicegate.shared.tables import llm_providers, provider_keys, use_cases
+from sluicegate.shared.tables import accounts, llm_providers, provider_keys, use_cases
 
 #: Holds a token that changes with the catalogue; absent after a flush, which reads as a change.
 VERSION_KEY: Final = "catalogue:version"
@@ -92,6 +92,8 @@ class Catalogue:
     use_cases: Mapping[str, UseCase]
     #: Encrypted keys for the providers' own APIs, by pool and account; None: every account's.
     keys: Mapping[tuple[PoolName, UUID | None], str] = field(default_factory=dict, repr=False)
+    #: Names of the accounts that have one of these keys.
+    key_owners: Mapping[UUID, str] = field(default_factory=dict)
 
     @property
     def open_use_cases(self) -> str:
@@ -135,8 +137,11 @@ USE_CASES = select(
 )
 
 KEYS = select(
-    provider_keys.c.provider, provider_keys.c.account_id, provider_keys.c.api_key_encrypted
-)
+    provider_keys.c.provider,
+    provider_keys.c.account_id,
+    provider_keys.c.api_key_encrypted,
+    accounts.c.name.label("account"),
+).outerjoin_from(provider_keys, accounts)
 
 _QUERIES: Final = (PROVIDERS, USE_CASES, KEYS)
 
@@ -153,10 +158,12 @@ def build(
         for name in ("use_case", "failover", "capabilities"):
             values[name] = frozenset(values[name])
         providers.append(Provider(**values))
+    keys = list(key_rows)
     return Catalogue(
         tuple(providers),
         {row.name: UseCase(**row._mapping) for row in use_case_rows},
-        {(row.provider, row.account_id): row.api_key_encrypted for row in key_rows},
+        {(row.provider, row.account_id): row.api_key_encrypted for row in keys},
+        {row.account_id: row.account for row in keys if row.account_id is not None},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -77,11 +78,17 @@ class _App(Celery):
     amqp_cls = f"{__name__}:_Amqp"
     _pool: Any = None
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # Threads that find no pool would make one each, and all but one would never be closed.
+        self._making_pool = threading.Lock()
+        super().__init__(*args, **options)
+
     @property
     def pool(self) -> Any:
-        if self._pool is None:
-            self._pool = self.connection_for_write().Pool(limit=self.conf.broker_pool_limit)
-        return self._pool
+        with self._making_pool:
+            if self._pool is None:
+                self._pool = self.connection_for_write().Pool(limit=self.conf.broker_pool_limit)
+            return self._pool
 
     def close(self) -> None:
         """Close the connections to the broker too."""

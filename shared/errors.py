@@ -17,6 +17,10 @@ class SettingsError(SluiceError):
     """A setting is missing or has a value that cannot be used."""
 
 
+class NothingToChange(SettingsError):
+    """There is nothing to change; name an option, see --help."""
+
+
 class InvalidJob(SluiceError):
     """The job was refused: a field has a value that is not allowed.
 

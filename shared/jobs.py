@@ -35,6 +35,7 @@ from sluicegate.shared.messages import (
     ToolCallPart,
     Usage,
 )
+from sluicegate.shared.refusals import refusal
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -183,9 +184,7 @@ def build_spec(
     try:
         spec = JobSpec(use_case=use_case, messages=messages, **fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(str(step) for step in first["loc"]) or "job"
-        raise InvalidJob(field, first["msg"].removeprefix("Value error, ")) from None
+        raise refusal(error) from None
     _check_size(spec)
     return spec
 

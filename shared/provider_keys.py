@@ -19,6 +19,7 @@ from sqlalchemy import (
     func,
     null,
     select,
+    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -35,6 +36,14 @@ KEY_VARIABLES: Final[dict[PoolName, str]] = {
     "openai": "OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY",
 }
+
+#: Workers that begin calls; one that has died has said nothing for this long.
+_LIVE = text("""
+SELECT name, keyring FROM workers
+WHERE seen_at > now() - interval '30 s' AND NOT draining
+  AND pool = coalesce(CAST(:pool AS text), pool)
+ORDER BY name
+""")
 
 _BATCH_ROWS = 500
 _TRIES = 10
@@ -181,6 +190,38 @@ def state_of(token: str, keyring: Keyring) -> KeyState:
         return KeyState.CURRENT if keyring.rotate(token) == token else KeyState.OLDER
     except SecretUnreadable:
         return KeyState.UNREADABLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """Which workers that run can decrypt what is encrypted with the newest key."""
+
+    #: How many there are, of either kind.
+    live: int
+    #: Names of those that do not hold that key.
+    without: tuple[str, ...]
+
+    @property
+    def problem(self) -> str:
+        """What will go wrong, in a clause; empty if nothing will."""
+        if not self.without:
+            return ""
+        return f"{', '.join(self.without)} cannot decrypt what the newest key encrypts"
+
+
+#: What to do about `Readers.problem`.
+GIVE_KEY: Final = "give these workers this SLUICE_ENCRYPTION_KEYS, and restart them"
+
+
+def readers(connection: Connection, keyring: Keyring, pool: PoolName | None = None) -> Readers:
+    """Ask which workers hold the keyring's newest key; `pool`: among that pool's workers.
+
+    The keyring must hold a key.
+    """
+    newest = keyring.fingerprints[0]
+    found = connection.execute(_LIVE, {"pool": pool}).all()
+    lacking = (row.name for row in found if newest not in row.keyring)
+    return Readers(live=len(found), without=tuple(dict.fromkeys(lacking)))
 
 
 @dataclass(slots=True, kw_only=True)

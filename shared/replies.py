@@ -90,6 +90,8 @@ class Subscription:
     job_id: UUID
     #: Set when there is something to `take`; the reader's own kind of event.
     signal: Signal
+    #: On the monotonic clock.
+    began_at: float = 0.0
     #: Id of the last event taken from the stream.
     cursor: tuple[int, int] = (0, 0)
     #: Leave everything out but the terminal event.

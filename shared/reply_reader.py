@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -45,7 +46,8 @@ _PAUSE_PER_STREAM_S: Final = 2e-6
 #: Looks at the rows are at least this far apart, so that many become one statement.
 _GATHER_S: Final = 0.02
 _RETRY_S: Final = 1.0
-#: With neither server answering for this long, waiting is given up.
+#: With neither server answering for this long it is said once; later, waiting is given up.
+_SAY_SO_S: Final = 10.0
 _GIVE_UP_S: Final = 300.0
 _WAKE_TTL_MS: Final = 60_000
 
@@ -59,19 +61,31 @@ class _Reader:
         # Well inside the time after which the client takes a silent connection for a dead one.
         self._block_s = min(_BLOCK_S, settings.command_timeout_s / 2)
         self._answered_at = time.monotonic()
+        self._redis_failed_at = self._postgres_failed_at = -math.inf
+        self._said_so = False
         self._closed = False
+
+    def unheard(self, subscription: Subscription) -> bool:
+        """Whether both servers failed, and neither answered, since this subscription began."""
+        failed_at = min(self._redis_failed_at, self._postgres_failed_at)
+        return self._answered_at <= subscription.began_at <= failed_at
 
     def _subscription(
         self, signal: Signal, job_id: UUID, last_id: str, terminal_only: bool, check_after_s: float
     ) -> Subscription:
         if self._closed:
             raise SluiceError("this client is closed; make a new one")
+        now = time.monotonic()
+        if not self._channels:
+            # While nobody waited nobody was asked: that was no silence.
+            self._answered_at = now
         return Subscription(
             job_id=job_id,
             signal=signal,
+            began_at=now,
             cursor=parse_event_id(last_id),
             terminal_only=terminal_only,
-            check_at=time.monotonic() + check_after_s,
+            check_at=now + check_after_s,
         )
 
     def _plan(self) -> tuple[dict[str, Any], list[Subscription]]:
@@ -83,23 +97,37 @@ class _Reader:
 
     def _take_in(self, reply: object, ending: list[Subscription]) -> float:
         """Give out a reply; return the seconds to wait before the next read."""
-        self._answered_at = time.monotonic()
+        self._answered()
         self._channels.accept(cast("list[Any]", reply), ending)
         return min(0.05, len(self._channels) * _PAUSE_PER_STREAM_S)
 
     def _redis_failed(self, error: Exception, ending: list[Subscription]) -> float:
         log.info("reply channels cannot be read, only Postgres is asked: %s", error)
+        self._redis_failed_at = time.monotonic()
         self._channels.accept((), ending)
         return _RETRY_S / 4
 
+    def _answered(self) -> float:
+        """Note that a server has answered just now; return when that is."""
+        self._answered_at = time.monotonic()
+        self._said_so = False
+        return self._answered_at
+
     def _postgres_answered(self, jobs: Sequence[UUID], rows: Iterable[Row[Any]]) -> bool:
-        now = self._answered_at = time.monotonic()
+        now = self._answered()
         return self._channels.answer(jobs, rows, now, self._recheck_s)
 
     def _postgres_failed(self, error: Exception, jobs: Sequence[UUID]) -> None:
         log.info("results cannot be looked up just now: %s", error)
-        now = time.monotonic()
-        if now - self._answered_at > _GIVE_UP_S:
+        now = self._postgres_failed_at = time.monotonic()
+        silent_s = now - self._answered_at
+        if silent_s > _SAY_SO_S and not self._said_so:
+            self._said_so = True
+            # Where nobody has set up logging, Python prints this on stderr.
+            log.warning(
+                "neither Postgres nor Redis has answered for %.0f s; still waiting", silent_s
+            )
+        if silent_s > _GIVE_UP_S:
             self._channels.fail(
                 QueueUnavailable(
                     f"neither Postgres nor Redis answered for {_GIVE_UP_S:.0f} s; the job is not "
@@ -196,7 +224,6 @@ class ReplyReader(_Reader):
     def _start(self) -> None:
         if self._threads or self._closed:
             return
-        self._answered_at = time.monotonic()
         self._threads = [
             threading.Thread(target=self._run, args=(step,), name=name, daemon=True)
             for step, name in ((self._read, "sluice-replies"), (self._look, "sluice-results"))
@@ -330,7 +357,6 @@ class AsyncReplyReader(_Reader):
     def _start(self) -> None:
         if self._tasks:
             return
-        self._answered_at = time.monotonic()
         self._tasks = [
             asyncio.create_task(self._run(self._read), name="sluice-replies"),
             asyncio.create_task(self._run(self._look), name="sluice-results"),

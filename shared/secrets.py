@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Final, NoReturn, Self, SupportsIndex
 
 from pydantic import GetCoreSchemaHandler, SecretStr
@@ -29,6 +30,7 @@ _HIDDEN: Final = "***"
 #: 32 bytes as Fernet wants them; its own reader passes over characters that do not belong there.
 _FERNET_KEY = re.compile(r"[A-Za-z0-9_-]{43}=")
 _MAX_OPENED = 1024
+_FINGERPRINT_CHARS: Final = 8
 
 
 #: Of its own, as pydantic's shows ten stars.
@@ -101,6 +103,10 @@ class Keyring:
                     "`sluice secrets new-key` prints one"
                 )
         fernets = [Fernet(key.get_secret_value()) for key in keys]
+        #: What tells its keys from others, the newest first, and gives none of them away.
+        self.fingerprints = tuple(
+            sha256(key.get_secret_value().encode()).hexdigest()[:_FINGERPRINT_CHARS] for key in keys
+        )
         self._newest = fernets[0] if fernets else None
         self._all = MultiFernet(fernets) if fernets else None
         # Each job asks for a key, and there are few of them.

@@ -156,6 +156,8 @@ workers = Table(
     Column("draining", Boolean, nullable=False, server_default=text("false")),
     Column("started_at", _TIME, nullable=False, server_default=_NOW),
     Column("seen_at", _TIME, nullable=False, server_default=_NOW),
+    #: Fingerprints of its SLUICE_ENCRYPTION_KEYS, see `secrets.Keyring.fingerprints`.
+    Column("keyring", ARRAY(Text), nullable=False, server_default="{}"),
     _one_of("lane", "interactive", "bulk"),
     # Beats are the most frequent update there is: leave room to do them in place.
     postgresql_with={"fillfactor": "50"},
@@ -393,6 +395,8 @@ outbox = Table(
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("channel", Text, nullable=False),
     Column("job_id", Uuid, nullable=False),
+    #: Of the result; a job that was tried again has another one by now.
+    Column("fence", BigInteger, nullable=False),
     #: Its place in the channel, and the id of its entry in Redis; null while it waits for room.
     Column("number", BigInteger),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),

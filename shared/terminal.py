@@ -25,7 +25,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> None:
-    """Print a table for people; with a pipe at the other end, lines with tabs."""
+    """Print a table for people; with a pipe at the other end, lines with tabs.
+
+    For people, only sentences are broken over lines: an id or a name is there to be copied. Columns
+    with nothing in them are left out.
+    """
     if not sys.stdout.isatty():
         for row in [head, *rows] if head else rows:
             typer.echo("\t".join(" ".join(cell.split()) for cell in row))
@@ -33,12 +37,80 @@ def print_table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> No
     from rich.table import Column, Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    # Folded, never cut: an id is there to be copied.
-    columns = [Column(name, overflow="fold") for name in head or ("", "")]
-    table = Table(*columns, show_header=head is not None)
+    screen = console()
+    if head is None:
+        names, cells = ["", ""], [list(row) for row in rows]
+    else:
+        names, cells = fit(head, [list(row) for row in rows], screen.width)
+    columns = [
+        # Beneath the first cell stands what found no room; it is as wide as what is above.
+        Column(name, overflow="fold", width=_first_width(name, column))
+        if head is not None and number == 0
+        else Column(name, overflow="fold", no_wrap=not any(map(_is_prose, column)))
+        for number, (name, column) in enumerate(zip(names, _columns(names, cells), strict=True))
+    ]
+    apart = any("\n" in row[0] for row in cells)
+    table = Table(*columns, show_header=head is not None, show_lines=apart)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    screen.print(table)
+
+
+#: Least width of a column of sentences, in characters.
+_PROSE_WIDTH = 20
+#: What Rich draws for each column beside its text, and once for the table.
+_FRAME_WIDTH, _EDGE_WIDTH = 3, 1
+
+
+def fit(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """Make a table fit without breaking a word: return its head and its rows.
+
+    Columns that are empty are left out. From the right, what finds no room goes beneath the first
+    cell of its row, by name.
+    """
+    columns = _columns(head, rows)
+    shown = [n for n in range(len(head)) if n == 0 or not rows or any(columns[n])]
+    beneath: list[int] = []
+
+    def needed() -> int:
+        first = _first_width(head[0], [*columns[0], "\n"] if beneath else columns[0])
+        widths = [first, *(_width(head[n], columns[n]) for n in shown[1:])]
+        return sum(widths) + _FRAME_WIDTH * len(widths) + _EDGE_WIDTH
+
+    while len(shown) > 1 and needed() > width:
+        beneath.insert(0, shown.pop())
+    fitted = []
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+        more = ", ".join(f"{head[n]} {row[n]}" for n in beneath if row[n])
+        first = f"{row[0]}\n{more}" if more else row[0]
+        fitted.append([first, *(row[n] for n in shown[1:])])
+    return [head[n] for n in shown], fitted
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[row[n] for row in rows] for n in range(len(head))]
+
+
+def _is_prose(cell: str) -> bool:
+    """Whether a cell may be broken over lines, between its words."""
+    return len(cell) > _PROSE_WIDTH and len(cell.split()) > 2
+
+
+def _first_width(name: str, column: Sequence[str]) -> int:
+    """Return the width of the first column, beneath whose cells other columns may stand."""
+    widths = [len(cell.partition("\n")[0]) for cell in column]
+    return max([len(name), *widths, _PROSE_WIDTH if any("\n" in cell for cell in column) else 0])
+
+
+def _width(name: str, column: Sequence[str]) -> int:
+    """Return the least width of a column."""
+    widths = [
+        _PROSE_WIDTH if _is_prose(cell) else max(map(len, cell.splitlines()), default=0)
+        for cell in column
+    ]
+    return max([len(name), *widths])
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -47,7 +47,7 @@ def add_use_case(
 ) -> None:
     """Add a use case, served by these of everybody's rows; None: by the default rows.
 
-    Raises SettingsError, and NotFound for a provider.
+    Raises SettingsError that names the field.
     """
     if not _NAME.fullmatch(name):
         refuse("name", "must be 1 to 32 small letters, digits, _ or -, and start with a letter")
@@ -117,7 +117,7 @@ def _claim(connection: Connection, use_case: str, providers: Collection[str]) ->
     known = connection.scalars(select(columns.name).where(shared)).all()
     for name in providers:
         if name not in known:
-            raise no_provider(name, known)
+            refuse("provider", str(no_provider(name, known)))
     without = func.array_remove(columns.use_case, use_case)
     connection.execute(
         update(llm_providers)

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
-from sluicegate.shared.errors import InvalidJob, JobEnded, SettingsError, SluiceError
+from sluicegate.shared.errors import InvalidJob, SettingsError, SluiceError
 
 
 class _Named(NamedTuple):
@@ -125,8 +126,22 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sluice {version('sluicegate')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Hold the commands together."""
 
 
@@ -137,7 +152,7 @@ def run(arguments: Sequence[str]) -> int:
             args=list(arguments) or ["--help"], prog_name="sluice", standalone_mode=False
         )
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is one line
-        code, problem = _explain(error)
+        code, problem = _explain(error, arguments)
         if problem:
             typer.echo(f"sluice: {problem}", err=True)
     return code if isinstance(code, int) else 0
@@ -148,7 +163,7 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
+def _explain(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """Return the exit code and the one line that an error is worth."""
     code, problem = _FAILURE, str(error)
     match error:
@@ -158,15 +173,26 @@ def _explain(error: BaseException) -> tuple[int, str]:
             problem = ""
         case typer.TyperException():
             code, problem = error.exit_code, " ".join(error.format_message().split())
-        case InvalidJob() | SettingsError():
+            problem = problem.replace("Value error, ", "").rstrip(".")
+            context = getattr(error, "ctx", None)
+            if context is not None and not problem.endswith("?"):
+                problem = f"{problem}; see `{context.command_path} --help`"
+        case InvalidJob():
+            code, problem = _USAGE, f"{_typed(error.field, arguments)}: {error.problem}"
+        case SettingsError():
             code = _USAGE
-        case JobEnded():
-            problem = f"job {error.job_id} {error.state}: {error}"
         case SluiceError():
             pass
         case _:
             problem = _unexpected(error)
     return code, problem
+
+
+def _typed(field: str, arguments: Sequence[str]) -> str:
+    """Return the option that a field was given by, else the field."""
+    option = "--" + field.replace("_", "-")
+    given = {argument.partition("=")[0] for argument in arguments}
+    return option if option in given else field
 
 
 def _unexpected(error: BaseException) -> str:

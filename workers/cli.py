@@ -63,10 +63,15 @@ def known_use_cases(settings: Settings) -> list[str]:
 
 @app.command(epilog="Example: sluice worker anthropic --lane bulk")
 def worker(
-    pool: Annotated[str, typer.Argument(help=f"Whose workers: {' or '.join(POOLS)}.")],
+    pool: Annotated[
+        str, typer.Argument(metavar="POOL", help=f"Whose workers: {' or '.join(POOLS)}.")
+    ],
     lane: Annotated[Lane, typer.Option(help="Which lane it serves.")] = Lane.INTERACTIVE,
     queues: Annotated[
-        str | None, typer.Option("-Q", "--queues", help="Only these queues, with commas between.")
+        str | None,
+        typer.Option(
+            "-Q", "--queues", metavar="NAME", help="Only these queues, with commas between."
+        ),
     ] = None,
 ) -> None:
     """Run one worker process of a pool, in the foreground. SIGTERM drains it."""
@@ -118,7 +123,7 @@ def up(
         bool, typer.Option(help="Use the sandbox provider instead of paid ones.")
     ] = False,
     data_dir: Annotated[
-        Path, typer.Option(help="Where embedded servers keep their data.")
+        Path, typer.Option(metavar="FOLDER", help="Where embedded servers keep their data.")
     ] = DEFAULT_DATA_DIR,
     bulk: Annotated[bool, typer.Option(help="Also run workers for the bulk lane.")] = True,
     flower: Annotated[
@@ -155,4 +160,7 @@ def up(
             console.print(f"Flower: {watcher.url}", soft_wrap=True)
         for name, value in fleet.client_environment.items():
             typer.echo(f"export {name}={value}")
-        raise typer.Exit(fleet.run_until_stopped())
+        code = fleet.run_until_stopped()
+    if code == 0:
+        console.print("The fleet has stopped.")
+    raise typer.Exit(code)

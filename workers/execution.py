@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID
@@ -13,7 +13,7 @@ import psycopg
 import redis.asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, PoolName, Provider
+from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, Provider
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.database import CONNECTION_ERRORS, is_bad_data
 from sluicegate.shared.endings import CANCELLED
@@ -67,8 +67,8 @@ class Plan:
     """Where a job's next call goes, and what it may cost at most."""
 
     provider: Provider
-    #: `Catalogue.keys` of the reading that the provider is from.
-    keys: Mapping[tuple[PoolName, UUID | None], str] = field(repr=False)
+    #: The reading that the provider is from.
+    catalogue: Catalogue = field(repr=False)
     max_tokens: int
     reserved_nano_usd: int
     baseline_reserved_nano_usd: int
@@ -254,7 +254,7 @@ class Execution:
         baseline = price_card(baseline_provider(settings.baseline_model), settings.baseline_model)
         return Plan(
             provider=provider,
-            keys=catalogue.keys,
+            catalogue=catalogue,
             max_tokens=max_tokens,
             reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
             baseline_reserved_nano_usd=baseline.reserve_nano_usd(needs.prompt_tokens, max_tokens),
@@ -269,7 +269,7 @@ class Execution:
             return await self._end(job, outcomes.released(job, attempt))
         sink = channel.delta if job.spec.stream else None
         try:
-            adapter = self.adapter(plan.provider, job.account_id, plan.keys)
+            adapter = self.adapter(plan.provider, job.account_id, plan.catalogue)
             call = adapter.call(self._request(job, plan), sink)
             answer = await self._calls.make(job.id, call)
         except CutOffError:
@@ -303,12 +303,7 @@ class Execution:
             ),
         )
 
-    def adapter(
-        self,
-        provider: Provider,
-        account_id: UUID | None,
-        keys: Mapping[tuple[PoolName, UUID | None], str],
-    ) -> Adapter:
+    def adapter(self, provider: Provider, account_id: UUID | None, catalogue: Catalogue) -> Adapter:
         """Do as `adapter_for`, with what this process has."""
         parts = self._parts
         return adapter_for(
@@ -317,7 +312,7 @@ class Execution:
             adapters=parts.adapters,
             settings=parts.settings,
             keyring=parts.keyring,
-            keys=keys,
+            catalogue=catalogue,
         )
 
     async def _failed(

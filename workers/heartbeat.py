@@ -23,8 +23,8 @@ from sluicegate.workers.statements import DATABASE_ERRORS, Database
 log = logging.getLogger(__name__)
 
 _ENTER = """
-INSERT INTO workers (id, name, pool, lane, queues)
-VALUES (%(id)s, %(name)s, %(pool)s, %(lane)s, %(queues)s)
+INSERT INTO workers (id, name, pool, lane, queues, keyring)
+VALUES (%(id)s, %(name)s, %(pool)s, %(lane)s, %(queues)s, %(keyring)s)
 """
 
 _BEAT = """
@@ -62,6 +62,7 @@ class Heartbeat:
         pool: str,
         lane: Lane,
         queues: Sequence[str],
+        keyring: Sequence[str],
         interval_s: float,
         valid_s: float,
         load: Callable[[], Load],
@@ -73,6 +74,8 @@ class Heartbeat:
         self._pool = pool
         self._lane = lane
         self._queues = list(queues)
+        #: Fingerprints, so that commands can tell what this worker could not decrypt.
+        self._keyring = list(keyring)
         self._interval_s = interval_s
         self._valid_s = valid_s
         self._load = load
@@ -122,6 +125,7 @@ class Heartbeat:
             pool=self._pool,
             lane=self._lane.value,
             queues=self._queues,
+            keyring=self._keyring,
         )
         self._confirm(sent)
 

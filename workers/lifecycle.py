@@ -126,6 +126,7 @@ class Worker:
             pool=self._served.pool,
             lane=self._served.lane,
             queues=self._served.queues,
+            keyring=self._keyring.fingerprints,
             interval_s=settings.beat_interval_s,
             valid_s=settings.beat_valid_s,
             load=self._load,
@@ -202,7 +203,7 @@ class Worker:
                 continue
             try:
                 _ = provider.card
-                self.execution.adapter(provider, provider.account_id, catalogue.keys)
+                self.execution.adapter(provider, provider.account_id, catalogue)
             except (UnknownPrice, ProviderError) as problem:
                 log.warning("jobs for %s will fail: %s", provider.name, problem)
 

@@ -34,6 +34,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 from celery import bootsteps
@@ -133,8 +134,8 @@ class TaskPool(BasePool):
         self._runs = Runs(
             thread=self._thread,
             cancel_grace_s=self._cancel_grace_s,
-            settle=lambda *args: self._inbox.put(self._settle, *args),
-            shift_prefetch=lambda *args: self._inbox.put(self._shift_prefetch, *args),
+            settle=partial(self._inbox.put, self._settle),
+            shift_prefetch=partial(self._inbox.put, self._shift_prefetch),
             tell=self._inbox.put,
         )
         self._claimed_count = 0

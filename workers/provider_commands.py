@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sluicegate.shared.connecting import catalogue_change, connection
-from sluicegate.shared.errors import SettingsError, SluiceError, UnknownPrice
+from sluicegate.shared.errors import NothingToChange, SettingsError, SluiceError, UnknownPrice
 from sluicegate.shared.settings import get_settings
-from sluicegate.shared.terminal import AsJson, money, note, print_json, print_table, split
+from sluicegate.shared.terminal import (
+    AsJson,
+    money,
+    note,
+    print_json,
+    print_table,
+    split,
+)
 from sluicegate.workers.provider_display import (
     as_json_object,
     entries,
@@ -58,22 +65,29 @@ _CLEARABLE = {
     "max-concurrent": "max_concurrent",
 }
 
-Name = Annotated[str, typer.Argument(help="Its name in the catalogue.")]
-Account = Annotated[str | None, typer.Option(help="The row of this account, by name or id.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name in the catalogue.")]
+Account = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The row of this account, by name or id.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Even if jobs have nowhere to go then.")]
-Model = Annotated[str | None, typer.Option(help="The provider's own name of the model.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The provider's own name of the model.")
+]
 BaseUrl = Annotated[
-    str | None, typer.Option(help="An API of the same kind elsewhere, such as vLLM's or Groq's.")
+    str | None,
+    typer.Option(metavar="URL", help="An API of the same kind elsewhere, such as vLLM's."),
 ]
 KeyStdin = Annotated[
     bool,
     typer.Option("--key-stdin", help="Read its key from stdin; a terminal asks for it, hidden."),
 ]
 UseCases = Annotated[
-    str | None, typer.Option("--use-case", help="Serves these first, with commas between.")
+    str | None,
+    typer.Option("--use-case", metavar="NAME", help="Serves these first, with commas between."),
 ]
 Failover = Annotated[
-    str | None, typer.Option(help="Serves these when the rows meant for them have said no.")
+    str | None,
+    typer.Option(metavar="NAME", help="Serves these when the rows meant for them have said no."),
 ]
 Default = Annotated[
     bool | None, typer.Option("--default/--no-default", help="Serves what no other row claims.")
@@ -81,7 +95,10 @@ Default = Annotated[
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 ContextTokens = Annotated[int | None, typer.Option(help="Longest prompt, in tokens.")]
 Capabilities = Annotated[
-    str | None, typer.Option(help="Out of vision,tools,json_schema,effort, with commas between.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Out of vision,tools,json_schema,effort, with commas between."
+    ),
 ]
 Priority = Annotated[int | None, typer.Option(help="Lower is tried first; usually 100.")]
 InputPrice = Annotated[float | None, typer.Option(help="$ per million tokens in.")]
@@ -93,36 +110,34 @@ InputTokensPerMinute = Annotated[int | None, typer.Option(help="The provider's l
 OutputTokensPerMinute = Annotated[int | None, typer.Option(help="The provider's limit.")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="The provider's limit of calls at once.")]
 RetiresAt = Annotated[
-    str | None, typer.Option(help="When the model ends, as 2027-01-14; not used after it.")
+    str | None,
+    typer.Option(metavar="DATE", help="When the model ends, as 2027-01-14; not used after it."),
 ]
-Successor = Annotated[str | None, typer.Option(help="The provider to move to then.")]
-Clear = Annotated[str | None, typer.Option(help=f"Empty these: {', '.join(_CLEARABLE)}.")]
+Successor = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The provider to move to then.")
+]
+Clear = Annotated[
+    str | None, typer.Option(metavar="FIELD", help=f"Empty these: {', '.join(_CLEARABLE)}.")
+]
 
 
 @provider.command("list", epilog="Example: sluice provider list --json")
 def list_all(*, as_json: AsJson = False) -> None:
-    """List all providers."""
+    """List all providers; `show` and --json say more of them."""
     listed = entries()
     if as_json:
         print_json({"providers": [as_json_object(entry, key) for entry, key in listed]})
         return
     print_table(
-        (
-            *("name", "account", "pool", "model", "use cases", "failover"),
-            *("$/M in", "$/M out", "can", "key", "retires", "active"),
-        ),
+        ("name", "pool", "model", "use cases", "$/M in", "$/M out", "key", "active"),
         [
             (
-                entry.provider.name,
-                entry.account or "",
+                entry.provider.name + (f" (of {entry.account})" if entry.account else ""),
                 entry.provider.provider,
                 entry.provider.model,
                 use_cases(entry.provider),
-                ", ".join(sorted(entry.provider.failover)),
                 *prices(entry.provider),
-                ", ".join(sorted(entry.provider.capabilities)),
                 key,
-                f"{entry.provider.retires_at:%Y-%m-%d}" if entry.provider.retires_at else "",
                 "yes" if entry.is_active else "no",
             )
             for entry, key in listed
@@ -153,7 +168,9 @@ def add(
     pool: Annotated[
         Literal["openai", "anthropic"], typer.Option(help="Which API it speaks, and whose workers.")
     ],
-    model: Annotated[str, typer.Option(help="The provider's own name of the model.")],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="The provider's own name of the model.")
+    ],
     account: Account = None,
     base_url: BaseUrl = None,
     key_stdin: KeyStdin = False,
@@ -190,7 +207,7 @@ def add(
     change = _change(name, options, price_before=None)
     with _prices_explained(), catalogue_change() as line:
         add_provider(line, name, pool, change, account=account)
-    tell(name, account, as_json=as_json)
+    tell(name, account, as_json=as_json, new_key=key_stdin)
 
 
 @provider.command("set", epilog="Example: sluice provider set openai-gpt-6-luna --priority 50")
@@ -229,10 +246,12 @@ def set_some(
     with connection() as line:
         before = find_provider(line, name, account)
     change = _change(name, _given(context), price_before=before.price_override)
+    if not change.model_fields_set:
+        raise NothingToChange
     mode = get_settings().catalogue
     with _prices_explained(), catalogue_change() as line:
         set_provider(line, name, change, account=account, mode=mode, force=force)
-    tell(name, account, as_json=as_json)
+    tell(name, account, as_json=as_json, new_key=key_stdin)
 
 
 @provider.command("disable", epilog="Example: sluice provider disable openai-gpt4o-mini")
@@ -257,7 +276,8 @@ def try_one(
     name: Name,
     *,
     account: Annotated[
-        str | None, typer.Option(help="Call as for this account: its row, its keys.")
+        str | None,
+        typer.Option(metavar="NAME", help="Call as for this account: its row, its keys."),
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Have the answer streamed.")] = False,
     as_json: AsJson = False,

@@ -55,8 +55,15 @@ def find(
     raise no_provider(name, known, account)
 
 
-def tell(name: str, account: str | None, *, as_json: bool) -> None:
-    """Show what a change has made of a row, and what keeps jobs from it."""
+def tell(name: str, account: str | None, *, as_json: bool, new_key: bool = False) -> None:
+    """Show what a change has made of a row, and what keeps jobs from it.
+
+    new_key: the change has given it one.
+    """
+    from sluicegate.shared.provider_keys import readers
+    from sluicegate.shared.secrets import Keyring
+    from sluicegate.workers.secrets_commands import warn_of
+
     entry, key = find(name, account)
     row = entry.provider
     if as_json:
@@ -74,11 +81,16 @@ def tell(name: str, account: str | None, *, as_json: bool) -> None:
         note(f"it serves no use case yet; jobs reach it by the model {row.name}")
     if not key and not row.base_url:
         note(f"there is no key for it here; `sluice secrets set {row.provider}` stores one")
+    if new_key:
+        with connection() as line:
+            warn_of(readers(line, Keyring.of(get_settings()), row.provider))
 
 
 def use_cases(row: Provider) -> str:
-    """Write which use cases a row is meant for."""
-    return ", ".join([*sorted(row.use_case), *(["(default)"] if row.is_default else [])])
+    """Write which use cases a row serves."""
+    failover = (f"{name} (failover)" for name in sorted(row.failover))
+    default = ["(default)"] if row.is_default else []
+    return ", ".join([*sorted(row.use_case), *failover, *default])
 
 
 def prices(row: Provider) -> tuple[str, str]:

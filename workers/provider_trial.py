@@ -57,7 +57,7 @@ def try_provider(
                 adapters=adapters,
                 settings=settings,
                 keyring=keyring,
-                keys=catalogue.keys,
+                catalogue=catalogue,
             )
             answer = await adapter.call(
                 Call(

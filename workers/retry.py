@@ -63,7 +63,7 @@ class RetryPolicy:
         shorter than what the provider asked for.
         """
         if not error_class.transient:
-            return GiveUp("it cannot succeed by trying again")
+            return GiveUp("it is not tried again by itself")
         if attempts_used >= max_attempts:
             return GiveUp(f"all {max_attempts} attempts are used")
         after_s = float(

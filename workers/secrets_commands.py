@@ -17,11 +17,7 @@ from sluicegate.shared.settings import get_settings
 from sluicegate.shared.terminal import AsJson, console, moment, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
-    from sqlalchemy import Connection
-
-    from sluicegate.shared.provider_keys import KeyState, Rotation, StoredKey
+    from sluicegate.shared.provider_keys import KeyState, Readers, Rotation, StoredKey
 
 app = typer.Typer(pretty_exceptions_enable=False)
 secrets = typer.Typer(
@@ -30,10 +26,12 @@ secrets = typer.Typer(
 app.add_typer(secrets, name="secrets")
 
 Pool = Annotated[Literal["openai", "anthropic"], typer.Argument(help="Whose API the key opens.")]
-Account = Annotated[str | None, typer.Option(help="For this account only.")]
+Account = Annotated[str | None, typer.Option(metavar="NAME", help="For this account only.")]
 
 #: The longest key that is read; real ones take 200 characters.
 _MAX_KEY_CHARS = 4096
+
+_WHO_HAS_THEM = "workers that have this SLUICE_ENCRYPTION_KEYS"
 
 _NEW_KEY = """\
 put it in front of the keys that are there: SLUICE_ENCRYPTION_KEYS=<this one>,<the others>
@@ -53,14 +51,18 @@ def new_key() -> None:
 def set_key(pool: Pool, *, account: Account = None) -> None:
     """Store a key, read from a hidden prompt or standard input, never from an argument."""
     from sluicegate.shared import provider_keys
+    from sluicegate.shared.accounts import account_id_of
 
     settings = get_settings()
     keyring = Keyring.of(settings)
     keyring.check()
     token = keyring.encrypt(read_key(pool))
     with catalogue_change() as line:
-        provider_keys.set_key(line, pool, _account_id(line, account), token)
-    note(f"the {pool} key is stored for {account or 'every account'}; workers use it from now on")
+        provider_keys.set_key(line, pool, account_id_of(line, account), token)
+        readers = provider_keys.readers(line, keyring, pool)
+    who = "workers" if readers.live and not readers.without else _WHO_HAS_THEM
+    note(f"the {pool} key is stored for {account or 'every account'}; {who} use it from now on")
+    warn_of(readers)
     if account is None and provider_keys.environment_key(settings, pool):
         variable = provider_keys.KEY_VARIABLES[pool]
         note(f"{variable} is set here, and workers that have it in their environment use that")
@@ -69,11 +71,12 @@ def set_key(pool: Pool, *, account: Account = None) -> None:
 @secrets.command("remove", epilog="Example: sluice secrets remove openai --account acme")
 def remove(pool: Pool, *, account: Account = None) -> None:
     """Remove a key from the database."""
+    from sluicegate.shared.accounts import account_id_of
     from sluicegate.shared.provider_keys import remove_key
 
     whom = f"account {account}" if account else "every account"
     with catalogue_change() as line:
-        if not remove_key(line, pool, _account_id(line, account)):
+        if not remove_key(line, pool, account_id_of(line, account)):
             raise NotFound(
                 f"there is no {pool} key for {whom}; `sluice secrets list` shows those that are"
             )
@@ -156,6 +159,7 @@ def rotate() -> None:
 
         done = provider_keys.rotate(line, keyring, progress=progress)
         stored = provider_keys.list_keys(line) if done.unreadable else []
+        readers = provider_keys.readers(line, keyring)
     told = announce(settings)
     typer.echo(
         f"{done.renewed} encrypted anew, {done.current} with the newest key already, "
@@ -166,6 +170,7 @@ def rotate() -> None:
             "Redis did not answer: workers read the keys again within "
             f"{settings.catalogue_ttl_s:g} s (SLUICE_CATALOGUE_TTL_S), so keep the old key as long"
         )
+    warn_of(readers)
     if done.unreadable:
         names = [
             str(key)
@@ -178,10 +183,12 @@ def rotate() -> None:
         )
 
 
-def _account_id(line: Connection, account: str | None) -> UUID | None:
-    from sluicegate.shared.accounts import find_account
+def warn_of(readers: Readers) -> None:
+    """Say which workers cannot decrypt what has just been encrypted, and what to do."""
+    from sluicegate.shared.provider_keys import GIVE_KEY
 
-    return None if account is None else find_account(line, account).id
+    if readers.problem:
+        note(f"{readers.problem}, so jobs that need it fail there: {GIVE_KEY}")
 
 
 def read_key(pool: str) -> Secret:

@@ -42,8 +42,13 @@ _COUNT = """
     WHERE b.id = n.id;
 """
 
+# Each connection keeps the plans that it made first: one made for small tables would read large
+# tables from end to end.
+_FUNCTION = """RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$"""
+
 _ENDED = f"""
-CREATE FUNCTION note_ended() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION note_ended() {_FUNCTION}
 BEGIN
     PERFORM FROM ended r JOIN jobs j ON j.id = r.job_id
     WHERE j.reply_to IS NOT NULL OR j.batch_id IS NOT NULL LIMIT 1;
@@ -51,8 +56,8 @@ BEGIN
         RETURN NULL;
     END IF;
     {_COUNT.format(rows="ended", sign="+", state="j.state", also="")}
-    INSERT INTO outbox (channel, job_id)
-    SELECT j.reply_to, j.id FROM ended r JOIN jobs j ON j.id = r.job_id
+    INSERT INTO outbox (channel, job_id, fence)
+    SELECT j.reply_to, j.id, r.fence FROM ended r JOIN jobs j ON j.id = r.job_id
     WHERE j.reply_to IS NOT NULL;
     IF FOUND THEN
         PERFORM pg_notify('sluice_outbox', '');
@@ -66,7 +71,7 @@ _RESUMED = """,
         cancelled_at = CASE WHEN b.finished_at IS NULL THEN b.cancelled_at END"""
 
 _REOPENED = f"""
-CREATE FUNCTION note_reopened() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION note_reopened() {_FUNCTION}
 BEGIN
     {_COUNT.format(rows="reopened", sign="-", state="r.body->>'state'", also=_RESUMED)}
     RETURN NULL;
@@ -143,6 +148,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("channel", sa.Text(), nullable=False),
         sa.Column("job_id", sa.Uuid(), nullable=False),
+        sa.Column("fence", sa.BigInteger(), nullable=False),
         sa.Column("number", sa.BigInteger()),
         sa.Column("created_at", _TIME, server_default=_NOW, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("outbox_pkey")),
@@ -165,6 +171,10 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("batch_id", sa.Uuid()))
     op.add_column("jobs", sa.Column("batch_line", sa.Integer()))
     op.add_column("jobs", sa.Column("cancel_requested_at", _TIME))
+    op.add_column(
+        "workers",
+        sa.Column("keyring", postgresql.ARRAY(sa.Text()), server_default="{}", nullable=False),
+    )
     op.create_foreign_key(op.f("jobs_batch_id_fkey"), "jobs", "batches", ["batch_id"], ["id"])
     op.create_index(
         "jobs_batch_idx",
@@ -205,6 +215,7 @@ def downgrade() -> None:
     op.drop_index("jobs_ended_idx", "jobs")
     for column in ("cancel_requested_at", "batch_line", "batch_id", "reply_to"):
         op.drop_column("jobs", column)
+    op.drop_column("workers", "keyring")
     op.drop_table("reply_groups")
     op.drop_table("reply_channels")
     op.drop_table("outbox")

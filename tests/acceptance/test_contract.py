@@ -508,7 +508,7 @@ def test_jobs_are_listed_newest_first(client: Client) -> None:
     assert (one.error_class, one.account, one.attempts) == (one.error_class, "acme", 1)
     assert "this is refused" in one.error
     assert client.list_jobs(since=timedelta(seconds=0)) == []
-    with pytest.raises(NotFound, match="there is no account 'nobody'"):
+    with pytest.raises(InvalidJob, match="there is no account 'nobody'"):
         client.list_jobs(account="nobody")
     for filters in ({"state": "lost"}, {"colour": "red"}, {"limit": 0}):
         with pytest.raises(InvalidJob, match=next(iter(filters))):

@@ -172,6 +172,7 @@ def test_replies_are_saved_once(rig: Rig, start: Start, tmp_path: Path) -> None:
     eventually(lambda: consumer.log.count("succeeded") == 3, 60)
     consumer.signal(signal.SIGTERM)
     assert consumer.wait(30) == 0, consumer.log
+    assert consumer.log.endswith("stopped; what was not acknowledged comes again\n")
     with closing(sqlite3.connect(tmp_path / "answers.sqlite")) as database:
         rows = database.execute("SELECT job_id, lead, state, text FROM answers").fetchall()
         (paid,) = database.execute("SELECT min(cast(cost AS real)) FROM answers").fetchone()
@@ -198,6 +199,13 @@ def test_a_csv_file_becomes_one_batch(rig: Rig, tmp_path: Path) -> None:
     again = run(rig, tmp_path, *arguments, "summaries.csv")
     assert again.startswith(f"batch {found[1]}: goes on\n")
     assert (tmp_path / "summaries.csv").read_text() == written
+
+
+def test_a_script_without_its_files_says_which_it_needs() -> None:
+    argv = [sys.executable, str(EXAMPLES / "bulk_from_csv.py")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+    said = "usage: python bulk_from_csv.py NOTES.csv SUMMARIES.csv\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_another_celery_app_submits_and_stays_apart(rig: Rig, start: Start, tmp_path: Path) -> None:

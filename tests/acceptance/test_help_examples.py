@@ -81,9 +81,10 @@ def test_each_example_runs(rig: Rig, call: Callable[[str], tuple[int, str]]) -> 
     answered = client.submit("draft", "hello")
     waiting, failed = client.submit_many("vision", ["waits", "fails"])
     batch = client.submit_batch("summary", ["one", "two"])
+    idle = client.submit_batch("vision", ["waits"])
     answered.result(timeout=60)
     rig.rows(_FAIL, id=failed.id)
-    ids: dict[str, UUID] = {"sluice job cancel": waiting.id}
+    ids: dict[str, UUID] = {"sluice job cancel": waiting.id, "sluice bulk cancel": idle.id}
 
     problems = []
     for words, example in EXAMPLES.items():

@@ -151,6 +151,8 @@ class _Up:
         """End it with a Ctrl-C."""
         self.service.signal(signal.SIGINT)
         assert self.service.wait(UP_S) == 0, self.service.log
+        assert self.service.log.splitlines()[-1] == "The fleet has stopped."
+        assert "Warm shutdown" not in self.service.log
         assert "Traceback" not in self.service.log
         self.leaves_nothing()
 

@@ -181,12 +181,15 @@ def test_a_worker_without_the_key_fails_its_jobs_and_says_what_to_do(rig: Rig) -
     (row,) = rig.rows("SELECT body FROM results WHERE job_id = %(id)s", id=job_id)
     error = row.body["error"]
     assert (row.body["state"], error["error_class"]) == ("failed", "auth")
-    assert "cannot be decrypted: put the key it was encrypted with into " in error["message"]
-    assert "SLUICE_ENCRYPTION_KEYS, or set the provider's key anew" in error["message"]
+    assert error["message"] == (
+        "The worker cannot decrypt the openai key for every account: put what it was encrypted "
+        "with into the worker's SLUICE_ENCRYPTION_KEYS and restart it, or set the key anew; "
+        "then run `sluice job retry`; it is not tried again by itself"
+    )
     assert rig.calls([job_id]) == {}
     assert rig.booked_nano_usd([job_id]) == 0
     rig.check_books([job_id])
-    assert "cannot be decrypted" in worker.log
+    assert "cannot decrypt the openai key" in worker.log
     assert "Traceback" not in worker.log
 
     sluice(rig, "secrets", "set", "openai", encryption_keys=NEW, stdin=NEXT)

@@ -29,7 +29,6 @@ from sluicegate import (
     QueueUnavailable,
     ResultTimeout,
     Sluice,
-    SluiceError,
 )
 from sluicegate.producers.bulk import Form, Template
 from sluicegate.producers.bulk_rows import batch_rows, refuse
@@ -222,8 +221,8 @@ def test_bad_lines_go_into_the_rejects_file(bulk: Command, engine: Engine) -> No
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--strict"], "line 2 cannot be a job (row: is not JSON"),
-        (["--max-rejects", "1"], "more than 1 lines cannot be jobs"),
+        (["--strict"], "sluice: line 2: is not JSON: it goes wrong at column 1;"),
+        (["--max-rejects", "1"], "more than 1 lines cannot be jobs (line 2: is not JSON"),
     ],
 )
 def test_too_many_bad_lines_end_it_and_nothing_is_stored(
@@ -244,8 +243,15 @@ def test_too_many_bad_lines_end_it_and_nothing_is_stored(
     ("file", "options", "expected"),
     [
         (("a.csv", ""), ["--template", "{note}"], (2, "a.csv is empty")),
-        (("a.jsonl", ""), [], (1, "no row can be a new job")),
-        (("a.csv", "id,note\n"), ["--template", "{note}"], (1, "no row can be a new job")),
+        (("a.jsonl", ""), [], (2, "a.jsonl is empty")),
+        (("a.jsonl", "\n\n"), [], (2, "a.jsonl is empty")),
+        (("a.csv", "id,note\n"), ["--template", "{note}"], (2, "a.csv has a header and no rows")),
+        (
+            ("a.csv", "prompt\ncaf\xe9\na,b\n"),
+            [],
+            (1, "no line can be a new job (line 2: is not UTF-8 text); nothing is stored, see a."),
+        ),
+        (("a.jsonl", '{"prompt": ""}\n'), [], (1, "no line can be a new job (line 1: prompt:")),
         (("a.csv", "id,note\n1,x\n"), ["--template", "{notes}"], (2, "no column 'notes', only id")),
         (("a.csv", "id,note\n1,x\n"), [], (2, "no column 'prompt'")),
         (("a.jsonl", '{"prompt": "x"}\n'), ["--template", "{note"], (2, "template: has a single")),
@@ -264,7 +270,7 @@ def test_what_cannot_be_a_batch_is_one_sentence(
     expected: tuple[int, str],
 ) -> None:
     (name, content), (code, reason) = file, expected
-    Path(name).write_text(content)
+    Path(name).write_text(content, encoding="latin-1")
     outcome = bulk("submit", name, "--use-case", "summary", *options)
     assert (outcome.code, outcome.out) == (code, "")
     assert reason in outcome.err
@@ -303,7 +309,7 @@ def test_the_same_standard_input_is_stored_once(bulk: Command, engine: Engine) -
     def submit(*options: str) -> Outcome:
         return bulk("submit", "-", *NOTES, *options, stdin=content)
 
-    assert "say with --format" in submit().err
+    assert "say with --format (jsonl or csv)" in submit().err
     first = submit("--format", "csv")
     assert first.code == 0, first.err
     assert submit("--format", "csv").id == first.id
@@ -345,23 +351,27 @@ def test_rows_with_keys_that_have_jobs_are_left_out(bulk: Command, engine: Engin
         {"prompt": "b", "idempotency_key": "b"},
         {"prompt": "not a", "idempotency_key": "a"},
         {"prompt": "c"},
+        {"prompt": ""},
+        {"prompt": "b", "idempotency_key": "b"},
     )
     outcome = bulk("submit", "two.jsonl", "--use-case", "summary", "--json")
     told = json.loads(outcome.out)
-    assert (outcome.code, told["jobs"], told["rejected"], told["repeated"]) == (1, 2, 1, 2)
+    assert (outcome.code, told["jobs"], told["rejected"], told["repeated"]) == (1, 2, 2, 3)
     keys = {row.idempotency_key: str(row.id) for row in rows(engine, "SELECT * FROM jobs")}
     entries = [json.loads(one) for one in Path(told["rejects"]).read_text().splitlines()]
     assert [(entry["line"], entry.get("job_id")) for entry in entries] == [
         (1, keys["a"]),
         (3, keys["b"]),
         (4, None),
+        (6, None),
+        (7, keys["b"]),
     ]
     assert "used before with another request" in entries[2]["reason"]
     # All of it a second time, in a file that is not the same.
     write("three.jsonl", line, {"prompt": "b", "idempotency_key": "b"})
     outcome = bulk("submit", "three.jsonl", "--use-case", "summary")
     assert outcome.code == 1
-    assert "0 are rejected, 2 were submitted before" in outcome.err
+    assert "all lines were submitted before; nothing is stored, see three.jsonl" in outcome.err
     assert count(engine, "jobs") == 3
 
 
@@ -533,7 +543,7 @@ def test_a_bad_row_of_a_program_is_named_and_nothing_is_stored(
     keyed = [{"prompt": text, "idempotency_key": "k"} for text in ("a", "b")]
     with pytest.raises(IdempotencyConflict, match=r"\(row 2\)"):
         client.submit_batch("summary", keyed)
-    with pytest.raises(SluiceError, match="no row can be a new job"):
+    with pytest.raises(InvalidJob, match="rows: is empty"):
         client.submit_batch("summary", [])
     with pytest.raises(InvalidJob, match="name"):
         client.submit_batch("summary", ["x"], name="a\nb")
@@ -593,12 +603,57 @@ def test_watch_ends_with_the_batch(
     thread.start()
     outcome = bulk("watch", good.id)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.splitlines()[-1] == "2 of 2 have ended, 2 succeeded, $0.000000"
+    first, *_, last = ["", *outcome.out.splitlines()]
+    assert last == "2 of 2 have ended, 2 succeeded, $0.000000"
+    assert "a second" not in first
     outcome = bulk("watch", bad.id, "--json")
     assert (outcome.code, outcome.err) == (1, "")
     told = json.loads(outcome.out)
     assert (told["failed"], told["total"], told["cost_nano_usd"]) == (2, 2, 0)
     thread.join()
+
+
+def test_a_watch_says_that_postgres_does_not_answer(
+    client: Sluice,
+    engine: Engine,
+    settings: Settings,
+    variables: dict[str, str],
+    stand_in: Callable[[UUID], StandIn],
+) -> None:
+    batch = client.submit_batch("summary", ["a"])
+    (job_id,) = jobs_of(engine, batch.id)
+    client.close()
+    engine.dispose()
+    name = settings.database_dsn.rpartition("/")[2].partition("?")[0]
+    server = settings.database_dsn.replace("+psycopg", "").replace(f"/{name}", "/postgres")
+
+    def let_in(yes: bool) -> None:
+        with psycopg.connect(server, autocommit=True) as line:
+            line.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {yes}".encode())
+            if not yes:
+                line.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+                    [name],
+                )
+
+    argv = [sys.executable, "-m", "sluicegate.cli", "bulk", "watch", str(batch.id)]
+    with subprocess.Popen(
+        argv, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline() == "0 of 1 have ended, $0.000000\n"
+            let_in(False)
+            assert process.stderr.readline() == "sluice: Postgres does not answer; still trying\n"
+            let_in(True)
+            stand_in(job_id).settle("succeeded")
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            let_in(True)
+    assert (process.returncode, err) == (0, "")
+    assert out.splitlines()[-1] == "1 of 1 have ended, 1 succeeded, $0.000000"
 
 
 def test_show_and_list(bulk: Command, client: Sluice) -> None:
@@ -716,9 +771,23 @@ def test_cancel_ends_what_waits_and_nothing_that_runs(
     running.settle("succeeded")
     view = batch.wait(timeout=10)
     assert (view.cancelled, view.succeeded) == (2499, 1)
-    told = json.loads(bulk("cancel", batch.id, "--json").out)
-    assert (told["newly_cancelled"], told["cancelled"]) == (0, 2499)
+    again = bulk("cancel", batch.id, "--json")
+    assert (again.json["newly_cancelled"], again.json["cancelled"]) == (0, 2499)
+    assert "was over before" in again.err
     assert batch.view().cancelled_at == view.cancelled_at
+
+
+def test_a_batch_that_is_over_is_not_cancelled(
+    bulk: Command, client: Sluice, engine: Engine, stand_in: Callable[[UUID], StandIn]
+) -> None:
+    batch = client.submit_batch("summary", ["a"])
+    stand_in(jobs_of(engine, batch.id)[0]).settle("succeeded")
+    said = f"sluice: batch {batch.id} was over before: 1 of 1 have ended, 1 succeeded\n"
+    assert bulk("cancel", batch.id) == (1, "", said)
+    outcome = bulk("cancel", batch.id, "--json")
+    assert (outcome.code, outcome.err) == (1, said)
+    assert json.loads(outcome.out)["newly_cancelled"] == 0
+    assert batch.view().cancelled_at is None
 
 
 async def test_what_comes_back_in_a_cancelled_batch_is_cancelled_too(

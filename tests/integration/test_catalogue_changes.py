@@ -13,7 +13,7 @@ from sluicegate.shared.accounts import add_account
 from sluicegate.shared.catalogue import announce, read
 from sluicegate.shared.catalogue_changes import NOBODY, serving
 from sluicegate.shared.connecting import catalogue_change
-from sluicegate.shared.errors import InvalidJob, NotFound, SettingsError, SluiceError, UnknownPrice
+from sluicegate.shared.errors import InvalidJob, SettingsError, SluiceError, UnknownPrice
 from sluicegate.shared.provider_changes import (
     ProviderChange,
     add_provider,
@@ -84,7 +84,7 @@ def test_a_client_that_runs_sees_a_change_although_it_keeps_its_reading(
 
 
 def test_a_refused_change_leaves_nothing_behind(engine: Engine) -> None:
-    with pytest.raises(NotFound, match="'nobody'"), catalogue_change() as line:
+    with pytest.raises(SettingsError, match=r"provider: .*'nobody'"), catalogue_change() as line:
         add_use_case(line, "classify", UseCaseChange(), providers=[LUNA, "nobody"])
 
     def bare_voice(line: Connection) -> None:

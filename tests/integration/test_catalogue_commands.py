@@ -65,13 +65,16 @@ def local(name: str, *more: str) -> tuple[str, ...]:
 
 def test_providers_are_listed_plain_when_piped(sluice: Command) -> None:
     head, *lines = sluice("provider", "list").out.splitlines()
-    assert head.split("\t")[:6] == ["name", "account", "pool", "model", "use cases", "failover"]
+    assert head.split("\t") == [
+        *("name", "pool", "model", "use cases", "$/M in", "$/M out", "key", "active"),
+    ]
     listed = {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
     assert len(listed) == 8
     assert listed["openai-gpt4o-mini"] == [
-        *("", "openai", "gpt-4o-mini", "general, voice, (default)", "", "0.15", "0.6"),
-        *("json_schema, tools, vision", "environment", "2027-01-14", "yes"),
+        *("openai", "gpt-4o-mini", "general, voice, (default)", "0.15", "0.6"),
+        *("environment", "yes"),
     ]
+    assert "draft (failover)" in listed["openai-gpt-6-luna"][2]
 
 
 def test_providers_as_json(sluice: Command) -> None:
@@ -226,19 +229,30 @@ def test_a_bad_row_is_refused_in_one_line(
         (("usecase", "add", "new", "--prefer", "best"), "--prefer"),
         (("usecase", "add", "new", "--unknown-policy", "cry"), "--unknown-policy"),
         (("usecase", "add", "new", "--description", "a\nb"), "description: must be text on one"),
-        (("account", "set", "default", "--time-zone", "Mars/North"), "time_zone"),
+        (("usecase", "add", "new", "--provider", "nobody"), "provider: there is no provider"),
+        (("usecase", "set", "draft", "--provider", "nobody"), "provider: there is no provider"),
+        (("usecase", "set", "draft"), "nothing to change; name an option, see --help"),
+        (("usecase", "set", "draft", "--force"), "nothing to change"),
+        (("provider", "set", "openai-gpt4o"), "nothing to change"),
+        (("provider", "show", "openai-gpt4o", "--account", "nobody"), "account: there is no"),
+        (("provider", "test", "openai-gpt4o", "--account", "nobody"), "account: there is no"),
+        (("account", "set", "default"), "nothing to change"),
+        (("job", "list", "--account", "nobody"), "account: there is no account 'nobody'"),
+        (("account", "set", "default", "--time-zone", "Mars/North"), "is not an IANA time zone"),
         (("account", "set", "default", "--rename", "x"), "keeps its name"),
         (("account", "add", "default"), "exists already"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
-    sluice: Command, arguments: tuple[str, ...], said: str
+    sluice: Command, engine: Engine, arguments: tuple[str, ...], said: str
 ) -> None:
     outcome = sluice(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert said in outcome.err
     assert outcome.err.startswith("sluice: ")
     assert outcome.err.count("\n") == 1
+    # A use case whose provider is not there is not added without one.
+    assert not rows(engine, "SELECT 1 FROM use_cases WHERE name = 'new'")
 
 
 @pytest.mark.parametrize(
@@ -251,22 +265,18 @@ def test_bad_input_is_one_line_and_code_2(
         ("provider", "test", "nobody"),
         ("usecase", "show", "nobody"),
         ("usecase", "set", "nobody", "--max-tokens", "5"),
-        ("usecase", "set", "nobody"),
         ("usecase", "disable", "nobody"),
-        ("usecase", "add", "new", "--provider", "nobody"),
         ("account", "show", "nobody"),
         ("account", "set", "nobody", "--inactive"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_code_1(
-    sluice: Command, engine: Engine, arguments: tuple[str, ...]
+    sluice: Command, arguments: tuple[str, ...]
 ) -> None:
     outcome = sluice(*arguments)
     assert (outcome.code, outcome.out) == (1, "")
     assert "'nobody'" in outcome.err
     assert outcome.err.count("\n") == 1
-    # A use case whose provider is not there is not added without one.
-    assert not rows(engine, "SELECT 1 FROM use_cases WHERE name = 'new'")
 
 
 def test_set_changes_what_is_given_and_nothing_else(sluice: Command) -> None:
@@ -297,6 +307,27 @@ def test_a_key_comes_and_goes(sluice: Command, engine: Engine) -> None:
     assert sluice("provider", "set", "qwen", "--clear", "key", "--json").json["key"] is None
     (row,) = rows(engine, "SELECT api_key_encrypted FROM llm_providers WHERE name = 'qwen'")
     assert row.api_key_encrypted is None
+
+
+def test_workers_that_cannot_decrypt_a_new_key_are_named(
+    sluice: Command, engine: Engine, given: Settings
+) -> None:
+    worker = (
+        "INSERT INTO workers (id, name, pool, lane, queues, keyring) VALUES"
+        " (gen_random_uuid(), '{0}', '{0}', 'bulk', '{{}}', '{{{1}}}') RETURNING 1"
+    )
+    (newest,) = Keyring.of(given).fingerprints
+    rows(engine, worker.format("anthropic", ""))
+    rows(engine, worker.format("openai", f"00000000,{newest}"))
+    assert sluice(*local("one", "--use-case", "draft", "--key-stdin"), stdin=KEY).err == ""
+    rows(engine, "UPDATE workers SET keyring = '{}' RETURNING 1")
+    said = (
+        "sluice: openai cannot decrypt what the newest key encrypts, so jobs that need it fail "
+        "there: give these workers this SLUICE_ENCRYPTION_KEYS, and restart them\n"
+    )
+    assert sluice(*local("two", "--use-case", "draft", "--key-stdin"), stdin=KEY).err == said
+    assert sluice("provider", "set", "two", "--key-stdin", stdin=KEY).err == said
+    assert sluice("provider", "set", "two", "--priority", "3").err == ""
 
 
 def test_a_key_is_not_stored_without_something_to_encrypt_it(
@@ -353,6 +384,7 @@ def test_an_accounts_own_row_stands_in_front_of_everybodys(sluice: Command) -> N
         *("provider", "set", "openai-gpt-6-luna", "--account", "acme", "--priority", "3", "--json")
     ).json
     assert (changed["account"], changed["priority"]) == ("acme", 3)
+    assert "openai-gpt-6-luna (of acme)\topenai\tgpt-4o\t" in sluice("provider", "list").out
     names = [one["account"] for one in sluice("provider", "list", "--json").json["providers"]]
     assert names == [None] * 8 + ["acme"]
     assert sluice("account", "show", "acme", "--json").json["providers"] == ["openai-gpt-6-luna"]
@@ -613,7 +645,8 @@ def test_an_account_is_changed(sluice: Command) -> None:
     refused = sluice("submit", "draft", "hello", "--account", "globex")
     assert refused.code == 2
     assert "there is no active account 'globex'" in refused.err
-    assert sluice("account", "set", "globex").out.split("\t")[-1] == "inactive\n"
+    shown = sluice("account", "list").out.splitlines()
+    assert [line.split("\t")[-1] for line in shown if line.startswith("globex")] == ["no"]
     assert sluice("account", "set", "globex", "--active").out.split("\t")[-1] == "active\n"
     sluice("account", "add", "other")
     assert "exists already" in sluice("account", "set", "other", "--rename", "globex").err

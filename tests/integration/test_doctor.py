@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import Engine, text
 
+from sluicegate.shared.secrets import Keyring, new_key
 from sluicegate.shared.settings import Settings
 from tests.command_line import Command, Outcome
 
@@ -102,6 +103,25 @@ def test_a_stored_key_that_cannot_be_read(sluice: Command, engine: Engine) -> No
         )
     found = findings(sluice("doctor", "--json"))
     assert ("problem", "the key of openai cannot be decrypted") in found["keys"]
+
+
+def test_a_worker_without_the_newest_key(sluice: Command, engine: Engine) -> None:
+    key = new_key()
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO workers (id, name, pool, lane, queues)"
+                " VALUES (gen_random_uuid(), 'w@h', 'openai', 'interactive', '{}')"
+            )
+        )
+    warned = ("warning", "w@h cannot decrypt what the newest key encrypts")
+    assert warned not in findings(sluice("doctor", "--json"))["keys"]
+    assert warned in findings(sluice("doctor", "--json", encryption_keys=key))["keys"]
+    with engine.connect() as connection:
+        connection.execute(
+            text("UPDATE workers SET keyring = :held"), {"held": [*Keyring([key]).fingerprints]}
+        )
+    assert warned not in findings(sluice("doctor", "--json", encryption_keys=key))["keys"]
 
 
 def test_health(sluice: Command, engine: Engine, away: str, empty_database: str) -> None:

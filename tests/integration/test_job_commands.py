@@ -164,8 +164,15 @@ def test_retry_takes_ids_and_refuses_what_did_not_go_wrong(
     stand_in(failed).settle("failed", error=_FAILED)
     assert sluice("job", "retry", failed) == (0, f"{failed}\tqueued\n", "")
     outcome = sluice("job", "retry", queued)
-    assert outcome.code == 1
+    assert (outcome.code, outcome.out) == (1, f"{queued}\tqueued\n")
     assert f"job {queued} is queued; only a failed" in outcome.err
+    done, unknown = client.submit("draft", "hi").id, uuid4()
+    stand_in(done).answer("done")
+    outcome = sluice("job", "retry", done, unknown)
+    assert (outcome.code, lines(outcome)) == (
+        1,
+        [[str(done), "succeeded"], [str(unknown), "not there"]],
+    )
 
 
 def test_retry_of_a_choice_asks_first(
@@ -237,15 +244,15 @@ def test_events_of_a_job_that_failed_and_of_one_that_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("job", "list", "--since", "yesterday"), "since"),
+        (("job", "list", "--since", "yesterday"), "--since: 'yesterday'"),
         (("job", "list", "--since", "2026-11-22T10:00"), "time zone"),
         (("job", "list", "--state", "broken"), "--state"),
-        (("job", "list", "--limit", "0"), "limit"),
+        (("job", "list", "--limit", "0"), "--limit: must be"),
         (("job", "list", "--batch", "7"), "batch"),
         (("job", "cancel"), "name jobs"),
         (("job", "cancel", "7"), "job_id"),
         (("job", "retry", str(uuid4()), "--state", "failed"), "give one of both"),
-        (("job", "events", str(uuid4()), "--last-id", "x"), "last_id"),
+        (("job", "events", str(uuid4()), "--last-id", "x"), "--last-id: must be"),
         (("queue", "show"), "show"),
     ],
 )
@@ -264,7 +271,6 @@ def test_what_is_not_there_is_code_1(sluice: Command) -> None:
         ("job", "cancel", uuid4()),
         ("job", "retry", uuid4()),
         ("job", "events", uuid4()),
-        ("job", "list", "--account", "nobody"),
     ):
         outcome = sluice(*arguments)
         assert outcome.code == 1, arguments

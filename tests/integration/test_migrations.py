@@ -501,7 +501,7 @@ def test_a_wheel_holds_the_packages_the_scripts_and_the_licence(wheel: zipfile.Z
 
     assert "License-Expression: LicenseRef-Proprietary" in read_info("METADATA")
     assert "All rights reserved" in read_info("licenses/LICENSE")
-    assert "sluice = sluicegate.cli:main" in read_info("entry_points.txt")
+    assert "sluice = sluicegate.entry:main" in read_info("entry_points.txt")
 
 
 def test_an_installed_wheel_migrates(

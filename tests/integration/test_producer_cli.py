@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,6 +21,7 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
+from sluicegate import Sluice
 from sluicegate.shared.settings import Settings
 from tests.command_line import Command
 from tests.polling import eventually
@@ -129,7 +132,7 @@ def test_submit_takes_prompt_and_schema_from_files(
         (("--file", "latin.txt"), "latin.txt is not UTF-8 text"),
         (("hello", "--schema", "note.txt"), "note.txt is not JSON"),
         (("hello", "--metadata", "lead"), "must be KEY=VALUE, not 'lead'"),
-        (("hello", "--reply-to", "no spaces"), "reply_to"),
+        (("hello", "--reply-to", "no spaces"), "--reply-to: must be 1 to 128 letters, digits"),
     ],
 )
 def test_submit_refuses_what_it_cannot_use(
@@ -201,7 +204,7 @@ def test_a_failed_job_is_one_line_and_code_1(
         outcome = sluice("submit", "draft", "hello", *options)
     assert outcome.code == 1
     assert outcome.out == ""
-    assert outcome.err.endswith(" failed: the model will not say\n")
+    assert re.fullmatch(r"sluice: job \S{36} failed: the model will not say\n", outcome.err)
     assert outcome.err.count("\n") == 1
 
 
@@ -210,17 +213,18 @@ def test_a_failed_job_is_one_line_and_code_1(
     [
         (("submit", "nope", "hi"), "use_case"),
         (("submit", "draft", ""), "prompt"),
-        (("submit", "draft", "hi", "--max-tokens", "0"), "max_tokens"),
+        (("submit",), "Missing argument 'use_case'; see `sluice submit --help`"),
+        (("submit", "draft", "hi", "--max-tokens", "0"), "--max-tokens: must be"),
         (("submit", "draft", "hi", "--max-tokens", "many"), "--max-tokens"),
         (("submit", "draft", "hi", "--account", "nobody"), "account"),
-        (("submit", "draft", "hi", "--lane", "fast"), "--lane"),
+        (("submit", "draft", "hi", "--lane", "fast"), "'--lane': 'fast' is not one of"),
         (("submit", "draft", "hi", "--deadline", "-1"), "deadline"),
         (("submit", "draft"), "prompt"),
         (("submit", "draft", "hi", "--temperature", "1"), "--temperature"),
         (("job", "show", "7"), "job_id"),
         (("job",), "command"),
         (("account", "add", "no;name"), "account"),
-        (("account", "add", "acme", "--time-zone", "Mars/North"), "time_zone"),
+        (("account", "add", "acme", "--time-zone", "Mars/North"), "--time-zone"),
         (("account", "add", "default"), "exists already"),
         (("sumbit", "draft", "hi"), "'submit'"),
         (("nonsense",), "nonsense"),
@@ -254,6 +258,7 @@ def test_without_postgres_it_is_one_line_and_code_1(
         ("account", "list"),
         ("submit", "draft", "hi"),
         ("job", "show", str(uuid4())),
+        ("job", "events", str(uuid4())),
     ):
         outcome = sluice(*arguments)
         assert outcome.code == 1
@@ -298,6 +303,22 @@ def test_help_names_the_commands(sluice: Command) -> None:
             assert command in outcome.out
 
 
+def test_the_version_is_printed(sluice: Command) -> None:
+    assert sluice("--version") == (0, f"sluice {version('sluicegate')}\n", "")
+
+
+def test_an_interrupted_import_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    paths = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "sluicegate", "--help"],
+        env=dict(os.environ) | {"PYTHONPATH": paths},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "sluicegate.cli", *arguments]
 
@@ -317,9 +338,10 @@ def test_ctrl_c_ends_the_wait_and_not_the_job(
     assert err == f"sluice: job {row.id} goes on; see `sluice job show {row.id}`\n"
 
 
-def test_a_terminal_gets_a_table(variables: dict[str, str]) -> None:
+def at_terminal(process: Callable[[int], subprocess.Popen[bytes]]) -> tuple[int, str]:
+    """Start a process with a terminal; return its exit code, and what the terminal showed."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(command("account", "list"), env=variables, stdout=theirs) as process:
+    with process(theirs) as running:
         os.close(theirs)
         shown = b""
         try:
@@ -328,9 +350,43 @@ def test_a_terminal_gets_a_table(variables: dict[str, str]) -> None:
         except OSError:  # what Linux says at the end of a terminal
             pass
         os.close(ours)
-    assert process.returncode == 0
-    assert "default" in shown.decode()
-    assert "┃" in shown.decode()
+    return running.returncode, shown.decode()
+
+
+def test_a_terminal_gets_a_table(variables: dict[str, str]) -> None:
+    code, shown = at_terminal(
+        lambda theirs: subprocess.Popen(command("account", "list"), env=variables, stdout=theirs)
+    )
+    assert code == 0
+    assert "default" in shown
+    assert "┃" in shown
+
+
+def test_ids_are_whole_in_a_narrow_terminal(given: Settings, variables: dict[str, str]) -> None:
+    with Sluice(given) as client:
+        job_id = client.submit("draft", "hello").id
+    argv = command("job", "list")
+    code, shown = at_terminal(
+        lambda theirs: subprocess.Popen(argv, env=variables | {"COLUMNS": "80"}, stdout=theirs)
+    )
+    assert code == 0
+    assert str(job_id) in shown
+    assert "attempts 0 of 5" in shown
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", shown).split("\r\n"))) <= 80
+
+
+def test_somebody_at_a_terminal_is_told_what_the_answer_took(
+    variables: dict[str, str], serve: Serve, engine: Engine
+) -> None:
+    with serve(lambda worker: worker.answer("Dear Ada", model="m-1", cost_nano_usd=5_000)):
+        argv = command("submit", "draft", "hello")
+        code, said = at_terminal(
+            lambda theirs: subprocess.Popen(
+                argv, env=variables, stdout=subprocess.DEVNULL, stderr=theirs
+            )
+        )
+    assert code == 0
+    assert f"job {request_of(engine).id}, m-1, $0.000005, " in said
 
 
 def test_a_command_imports_no_provider_sdk_and_no_worker_library() -> None:

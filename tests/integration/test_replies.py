@@ -241,7 +241,7 @@ def test_a_job_without_an_answer_raises(
     reason = {"error_class": "content_filter", "message": "the model will not say"}
     worker.end(worker.settle(state, ago_s=60, error=reason))
     for stream in ("there", "expired"):
-        with pytest.raises(error, match="the model will not say") as raised:
+        with pytest.raises(error, match=f"^job {job_id} {state}: the model will not") as raised:
             reader.result(job_id)
         assert (raised.value.job_id, raised.value.state) == (str(job_id), state), stream
         assert [event.type for event in reader.events(job_id)] == ["failed"], stream
@@ -255,6 +255,36 @@ def test_a_timeout_cancels_nothing(reader: Reader, submit: Callable[[], UUID], w
             wait(job_id, timeout=0.1)
     work(job_id).answer("done")
     assert reader.result(job_id).text == "done"
+
+
+def without_servers(settings: Settings) -> Settings:
+    away = {"database_url": "postgresql://x@127.0.0.1:1/x", "redis_url": "redis://127.0.0.1:1/0"}
+    return Settings(**{**dict(settings), **away}, _env_file=None)
+
+
+def test_a_timeout_without_any_server_says_so(settings: Settings, threads: bool) -> None:
+    reader = Reader(without_servers(settings), threads=threads)
+    for wait in (reader.result, reader.events):
+        with pytest.raises(ResultTimeout, match="neither Postgres nor Redis answered within 2 s"):
+            wait(uuid4(), timeout=2)
+    reader.close()
+
+
+def test_long_silence_is_said_once(
+    settings: Settings,
+    threads: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("sluicegate.shared.reply_reader._SAY_SO_S", 0.1)
+    monkeypatch.setattr("sluicegate.shared.reply_reader._RETRY_S", 0.1)
+    reader = Reader(without_servers(settings), threads=threads)
+    with pytest.raises(ResultTimeout):
+        reader.result(uuid4(), timeout=2)
+    reader.close()
+    said = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert [text for text in said if text.startswith("neither Postgres nor Redis")] == said
+    assert len(said) == 1
 
 
 def test_what_does_not_exist_is_not_found(reader: Reader) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -13,6 +15,7 @@ from uuid import UUID
 import pytest
 import redis
 import redis.asyncio
+from pydantic import SecretStr
 from sqlalchemy import Engine
 
 from sluicegate import AsyncSluice, InvalidJob, Sluice, SluiceError, State, cli
@@ -24,6 +27,7 @@ from sluicegate.shared.settings import Settings, get_settings
 from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.deliverer import _ADD, Deliverer
 from sluicegate.workers.sweep.loops import Sweep
+from tests.command_line import Command
 from tests.polling import eventually, eventually_async
 from tests.stand_in import StandIn
 
@@ -293,6 +297,16 @@ def test_what_a_consumer_left_goes_to_another_one(
     assert consumer.read(consumer="a") == []
 
 
+def test_what_a_consumer_that_died_never_saw_was_not_delivered(
+    consumer: Consumer, finish: Finish, deliver: Callable[[], None]
+) -> None:
+    finish(3)
+    deliver()
+    consumer.read(consumer="a", count=1, ack=False)
+    found = consumer.read(consumer="b", count=3, redeliver_after_s=AT_ONCE_S)
+    assert sorted(reply.deliveries for reply in found) == [1, 1, 2]
+
+
 def test_a_reply_that_is_not_acknowledged_comes_again_to_the_same_reader(
     consumer: Consumer, finish: Finish, deliver: Callable[[], None]
 ) -> None:
@@ -309,7 +323,7 @@ def test_replies_that_waited_too_long_in_a_reader_are_fetched_again(
 ) -> None:
     finish(2)
     deliver()
-    with sluice.replies(CHANNEL, "crm", redeliver_after_s=0.2, timeout=SOON_S) as replies:
+    with sluice.replies(CHANNEL, "crm", redeliver_after_s=0.2, timeout=SOON_S, batch=2) as replies:
         first = next(replies)
         with sluice.replies(CHANNEL, "crm", redeliver_after_s=0.2, timeout=SOON_S) as others:
             taken = [next(others), next(others)]  # both are taken over
@@ -506,13 +520,28 @@ def test_a_reader_survives_the_loss_of_its_channel(
 # The deliverer
 
 
+def test_a_result_that_a_retry_took_away_is_not_delivered_in_place_of_the_next(
+    sluice: Sluice,
+    engine: Engine,
+    redis_client: redis.Redis,
+    deliver: Callable[[], None],
+    entries: Callable[..., list[UUID]],
+) -> None:
+    job = sluice.submit("draft", "hello", reply_to=CHANNEL)
+    job.cancel()
+    sluice.retry(job.id)
+    StandIn(engine=engine, client=redis_client, settings=sluice.settings, job_id=job.id).settle()
+    deliver()
+    assert entries() == [job.id]
+
+
 def test_two_deliverers_add_each_result_once(
     finish: Finish, settings: Settings, entries: Callable[..., list[UUID]], rows: Rows
 ) -> None:
     jobs = finish(40)
     # Many results, without the work of making so many jobs.
     rows(
-        "INSERT INTO outbox (channel, job_id) SELECT channel, job_id FROM outbox, "
+        "INSERT INTO outbox (channel, job_id, fence) SELECT channel, job_id, fence FROM outbox, "
         "generate_series(1, 30)"
     )
 
@@ -822,4 +851,35 @@ def test_an_operator_reads_a_channel(
     found = [json.loads(line) for line in said.splitlines()]
     assert [one["result"]["job_id"] for one in found] == [str(job), str(second)]
     code, said = command(*tail, "--group", "no good")
-    assert (code, said.startswith("sluice: group: must be")) == (2, True)
+    assert (code, said.startswith("sluice: --group: must be")) == (2, True)
+
+
+def test_a_server_that_is_away_is_told_in_one_line(
+    settings: Settings, command_line: Callable[[Settings], Command]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{probe.getsockname()[1]}/0"
+    sluice = command_line(settings.model_copy(update={"redis_url": SecretStr(url)}))
+    group = (CHANNEL, "--group", "ops")
+    for arguments in (("tail", *group, "--timeout", 1), ("forget", *group)):
+        outcome = sluice("reply", *arguments)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert re.fullmatch(
+            r"sluice: Redis did not answer \(.+\); check SLUICE_REDIS_URL\n", outcome.err
+        )
+
+
+def test_a_server_that_goes_away_is_not_an_empty_channel(
+    settings: Settings, sluice: Sluice
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{probe.getsockname()[1]}/0"
+    away = settings.model_copy(update={"redis_url": SecretStr(url)})
+    with Sluice(away) as other, other.replies(CHANNEL, "crm", timeout=0) as replies:
+        assert list(replies) == []
+        assert "refused" in replies.problem
+    with sluice.replies(CHANNEL, "crm", timeout=0) as replies:
+        assert list(replies) == []
+        assert replies.problem == ""

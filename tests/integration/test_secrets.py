@@ -13,6 +13,7 @@ import termios
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from sluicegate.shared.jobs import build_spec
 from sluicegate.shared.provider_keys import Rotation, list_keys, rotate, set_key
 from sluicegate.shared.secrets import Keyring, Secret, new_key
 from sluicegate.shared.settings import Settings
+from sluicegate.workers.providers.access import adapter_for
 from sluicegate.workers.providers.base import (
     Adapters,
     Call,
@@ -129,6 +131,48 @@ def test_set_replaces_and_remove_removes(
     )
 
 
+def add_worker(engine: Engine, name: str, pool: str, *keys: Secret) -> None:
+    with engine.connect() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO workers (id, name, pool, lane, queues, keyring)"
+            " VALUES (gen_random_uuid(), %(name)s, %(pool)s, 'bulk', '{}', %(keyring)s)",
+            {"name": name, "pool": pool, "keyring": list(Keyring(keys).fingerprints)},
+        )
+
+
+def test_set_and_rotate_name_the_workers_that_cannot_decrypt(
+    sluice: Command, engine: Engine
+) -> None:
+    first, *_ = sluice("secrets", "set", "openai", stdin=PLAIN).err.splitlines()
+    assert first == (
+        "sluice: the openai key is stored for every account; "
+        "workers that have this SLUICE_ENCRYPTION_KEYS use it from now on"
+    )
+    add_worker(engine, "has both", "openai", NEW, OLD)
+    add_worker(engine, "has none", "anthropic")
+    outcome = sluice("secrets", "set", "openai", stdin=PLAIN)
+    assert outcome.err == (
+        "sluice: the openai key is stored for every account; workers use it from now on\n"
+    )
+    add_worker(engine, "has old", "openai", OLD)
+    changes = {"encryption_keys": joined(NEW, OLD)}
+    first, second = sluice("secrets", "set", "openai", stdin=PLAIN, **changes).err.splitlines()
+    assert "workers that have this SLUICE_ENCRYPTION_KEYS use it" in first
+    assert second == (
+        "sluice: has old cannot decrypt what the newest key encrypts, so jobs that need it fail "
+        "there: give these workers this SLUICE_ENCRYPTION_KEYS, and restart them"
+    )
+    rotated = sluice("secrets", "rotate", **changes)
+    assert rotated.code == 0
+    assert rotated.err.startswith("sluice: has none, has old cannot decrypt")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(
+            "UPDATE workers SET draining = name = 'has none', seen_at = CASE name"
+            " WHEN 'has old' THEN now() - interval '1 min' ELSE now() END"
+        )
+    assert sluice("secrets", "rotate", **changes).err == ""
+
+
 def test_the_environment_is_said_to_come_first(sluice: Command) -> None:
     outcome = sluice("secrets", "set", "openai", stdin=PLAIN, openai_api_key=Secret("other"))
     assert "OPENAI_API_KEY is set here" in outcome.err
@@ -149,6 +193,42 @@ def test_the_catalogue_has_what_was_set(sluice: Command, engine: Engine) -> None
     assert set(tokens.values()) == {None}
 
 
+def test_a_worker_says_whose_key_it_cannot_decrypt(
+    sluice: Command, engine: Engine, settings: Settings
+) -> None:
+    with engine.connect() as connection:
+        acme = add_account(connection, "acme")
+        other = add_account(connection, "other")
+    sluice("secrets", "set", "openai", "--account", "acme", stdin=PLAIN)
+    sluice("secrets", "set", "openai", stdin=PLAIN)
+    add_row(engine, "ours", Keyring([OLD]).encrypt(PLAIN))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE llm_providers SET is_active = true")
+        catalogue = read(connection)
+    rows = {row.name: row for row in catalogue.providers}
+    luna, ours = rows["openai-gpt-6-luna"], rows["ours"]
+    own = replace(ours, account_id=acme.id)
+
+    for provider, account_id, says in (
+        (luna, acme.id, "acme's openai key"),
+        (luna, other.id, "the openai key for every account"),
+        (ours, acme.id, "the key of provider ours"),
+        (own, acme.id, "the account's own key of provider ours"),
+    ):
+        with pytest.raises(ProviderError) as caught:
+            adapter_for(
+                provider,
+                account_id,
+                adapters=Adapters(max_connections=1),
+                settings=settings,
+                keyring=Keyring([NEW]),
+                catalogue=catalogue,
+            )
+        assert str(caught.value).startswith(f"The worker cannot decrypt {says}: put what it was")
+        assert "run `sluice job retry`" in str(caught.value)
+        assert not caught.value.sent
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -161,8 +241,20 @@ def test_the_catalogue_has_what_was_set(sluice: Command, engine: Engine) -> None
         (("set", "openai"), "schlüssel", {}, 2, "must be one line"),
         (("set", "openai"), "k" * 5000, {}, 2, "must be one line"),
         (("set", "mistral"), PLAIN, {}, 2, "'openai', 'anthropic'"),
-        (("set", "openai", "--account", "nobody"), PLAIN, {}, 1, "there is no account 'nobody'"),
-        (("remove", "openai", "--account", "nobody"), "", {}, 1, "there is no account 'nobody'"),
+        (
+            ("set", "openai", "--account", "nobody"),
+            PLAIN,
+            {},
+            2,
+            "account: there is no account 'nobody'",
+        ),
+        (
+            ("remove", "openai", "--account", "nobody"),
+            "",
+            {},
+            2,
+            "account: there is no account 'nobody'",
+        ),
     ],
 )
 def test_refusals_are_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -33,6 +34,7 @@ from sluicegate.workers.claims import Claims, Job
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.settlement import Settlement, settle_all
 from sluicegate.workers.statements import Database
+from tests.polling import eventually
 from tests.stand_in import StandIn
 
 QUEUES = ["draft.anthropic", "draft.anthropic.bulk"]
@@ -227,6 +229,24 @@ def test_a_running_job_is_asked_to_end(
     assert first.cancel_requested_at is not None
     assert steer("cancel", job_id) is State.RUNNING
     assert rows("SELECT state, fence, cancel_requested_at FROM jobs") == [first]
+
+
+def test_a_job_that_comes_back_while_its_cancel_waits_for_it_is_cancelled(
+    sluice: Sluice, engine: Engine, rows: Rows, settings: Settings, stand_in: Callable[[UUID], Any]
+) -> None:
+    (job_id,) = submit(settings)
+    stand_in(job_id)
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %(text)s"
+    comes_back = "UPDATE jobs SET state = 'queued', worker_id = NULL, claim_id = NULL"
+    with ThreadPoolExecutor(1) as threads, engine.connect() as holder:
+        holder.execution_options(isolation_level="READ COMMITTED")
+        with holder.begin():
+            holder.exec_driver_sql(comes_back)
+            cancelling = threads.submit(sluice.cancel, job_id)
+            eventually(lambda: rows(waits, text="%cancel_requested_at%"))
+        assert cancelling.result(30) is State.CANCELLED
+    (row,) = rows("SELECT state, worker_id, claim_id FROM jobs")
+    assert tuple(row) == ("cancelled", None, None)
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "expired"])
@@ -613,7 +633,7 @@ _REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"since": datetime(2026, 1, 1)}, InvalidJob, "since"),  # noqa: DTZ001 - that is the point
     ({"since": timedelta.max}, InvalidJob, "since"),
     ({"colour": "red"}, InvalidJob, "colour"),
-    ({"account": "nobody"}, NotFound, "nobody"),
+    ({"account": "nobody"}, InvalidJob, "nobody"),
     ({"queue": "a\x00b"}, InvalidJob, "queue"),
 ]
 

@@ -99,7 +99,8 @@ def test_crashed_child_is_started_again(tmp_path: Path) -> None:
         eventually(restarted)
         second = supervisor.pids["one"]
     assert gone(second)
-    assert "ended by SIGKILL; starting again in 0.05 s" in (tmp_path / "one.log").read_text()
+    log = tmp_path / "one.log"
+    assert f"-- ended by SIGKILL (log: {log}); starting again in 0.05 s" in log.read_text()
 
 
 def test_waits_double_up_to_their_cap_and_then_it_gives_up(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_waits_double_up_to_their_cap_and_then_it_gives_up(tmp_path: Path) -> No
         supervisor.run_until_stopped()
     assert told.value.exit_code == 1
     assert "exited with code 1" in str(told.value)
-    assert "the reason" in str(told.value)
+    assert f"the reason (log: {tmp_path / 'bad.log'})." in str(told.value)
     assert "\n" not in str(told.value)
     assert gone(good)
     waits = [
@@ -229,7 +230,7 @@ def test_a_child_that_is_not_vital_fails_alone(tmp_path: Path) -> None:
 def test_lines_are_echoed_with_the_name_and_the_environment_is_passed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hello = "import os; print('hello', os.environ['WHO'], flush=True); " + SLEEP
+    hello = "import os; print('\\nhush: x\\nhello', os.environ['WHO'], flush=True); " + SLEEP
     heard = ""
 
     def ready() -> bool:
@@ -237,7 +238,9 @@ def test_lines_are_echoed_with_the_name_and_the_environment_is_passed(
         heard += capsys.readouterr().err
         return "hello you" in heard
 
-    child = Child(name="one", argv=python(hello), env={"WHO": "you"}, ready=ready)
+    child = Child(
+        name="one", argv=python(hello), env={"WHO": "you"}, ready=ready, not_echoed=("hush",)
+    )
     with Supervisor([child], grace_s=5, echo=True):
         assert heard == "one | hello you\n"
 

@@ -215,15 +215,29 @@ def test_json_lines_come_back_as_they_were(
 
 def test_bad_lines_of_json_stand_for_themselves() -> None:
     read = jsonl(b'{"prompt": "a"}\n\n[1]\n{"prompt": \r\n"x"\n\xff{}\n{"prompt": "b"}')
-    assert [(row.line, row.problem[:12]) for row in read] == [
+    assert [(row.line, row.problem.partition(",")[0]) for row in read] == [
         (1, ""),
-        (3, "is not a JSO"),
-        (4, "is not JSON:"),
-        (5, "is not a JSO"),
-        (6, "is not JSON:"),
+        (3, "is not a JSON object"),
+        (4, "is not JSON: it ends too early"),
+        (5, "is not a JSON object"),
+        (6, "is not UTF-8 text"),
         (7, ""),
     ]
     assert [row.raw for row in read[1:5]] == ["[1]", '{"prompt": ', '"x"', "\\xff{}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{not json", "it goes wrong at column 2"),
+        ('{"prompt": "Grüße", x}', "it goes wrong at column 21"),
+        ('{"prompt": "x"', "it ends too early"),
+        ('{"prompt": "x"} {', "it goes wrong at column 17"),
+    ],
+)
+def test_a_line_that_is_not_json_says_where(line: str, problem: str) -> None:
+    (row,) = jsonl(line + "\n")
+    assert row.problem == f"is not JSON: {problem}"
 
 
 @given(st.binary())

@@ -15,6 +15,7 @@ from sluicegate.producers.diagnosis import (
     Level,
     judge_catalogue,
     judge_clocks,
+    judge_keyrings,
     judge_keys,
     judge_postgres,
     judge_processes,
@@ -22,6 +23,7 @@ from sluicegate.producers.diagnosis import (
     judge_settings,
 )
 from sluicegate.shared.catalogue import Catalogue, Provider, UseCase
+from sluicegate.shared.provider_keys import Readers
 from sluicegate.shared.settings import Settings
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -201,6 +203,13 @@ def test_keys() -> None:
     assert bad(judge_keys(rows, sources, [])) == []
     assert bad(judge_keys(rows, sources, ["acme for openai"])) == [
         ("problem", "the key of acme for openai cannot be decrypted")
+    ]
+
+
+def test_workers_that_do_not_hold_the_newest_key() -> None:
+    assert judge_keyrings(Readers(live=2, without=())) == []
+    assert bad(judge_keyrings(Readers(live=2, without=("a@h", "b@h")))) == [
+        ("warning", "a@h, b@h cannot decrypt what the newest key encrypts")
     ]
 
 

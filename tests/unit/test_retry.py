@@ -31,7 +31,7 @@ def _decide(
 
 @pytest.mark.parametrize("error_class", [one for one in ErrorClass if not one.transient])
 def test_what_cannot_pass_is_not_tried_again(error_class: ErrorClass) -> None:
-    assert _decide(error_class) == GiveUp("it cannot succeed by trying again")
+    assert _decide(error_class) == GiveUp("it is not tried again by itself")
 
 
 @pytest.mark.parametrize("error_class", [one for one in ErrorClass if one.transient])

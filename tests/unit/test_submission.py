@@ -139,6 +139,28 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"metadata": {"lead": 1}}, "metadata.lead: must be text"),
+        ({"reply_to": "a b"}, "reply_to: must be 1 to 128 letters, digits, or . _ : -, with a"),
+        ({"deadline": "1h"}, "deadline: must be seconds, a timedelta or a moment with a time zone"),
+        ({"response_format": int}, "response_format: must be a pydantic model class, or a Resp"),
+        ({"max_tokens": "many"}, "max_tokens: must be a whole number"),
+        ({"max_attempts": 0}, "max_attempts: must be greater than or equal to 1"),
+        ({"effort": "huge"}, "effort: must be 'low', 'medium' or 'high'"),
+        ({"tool_choice": "a b"}, "tool_choice: must be 1 to 64 letters, digits, - or _"),
+        ({"tool_choice": "required"}, "job: tool_choice needs tools"),
+        ({"idempotency_key": "k" * 256}, "idempotency_key: must have at most 255 characters"),
+        ({"request_id": "a\nb"}, "request_id: must be text without control characters"),
+    ],
+)
+def test_a_refusal_is_a_plain_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        draft(**options)
+    assert str(refused.value).startswith(sentence)
+
+
 @pytest.mark.parametrize(("field", "name", "prompt", "options"), REFUSED)
 def test_what_cannot_be_done_is_refused_by_the_name_of_its_field(
     field: str, name: Any, prompt: Any, options: dict[str, Any]

@@ -397,8 +397,8 @@ def test_what_another_consumer_holds_is_not_given_twice(fake: FakeSluice) -> Non
     [
         (Sluice, FakeSluice, {"reader", "forget_lines"}),
         (AsyncSluice, AsyncFakeSluice, {"reader", "forget_lines"}),
-        (Replies, FakeReplies, {"consumer"}),
-        (AsyncReplies, AsyncFakeReplies, {"consumer"}),
+        (Replies, FakeReplies, {"consumer", "problem"}),
+        (AsyncReplies, AsyncFakeReplies, {"consumer", "problem"}),
         (Batch, FakeBatch, {"results"}),
     ],
 )

@@ -36,6 +36,8 @@ _STOP_MARGIN_S = 10.0
 _READY_TIMEOUT_S = 180.0
 #: Flower asks once, at its start, which workers there are: they come before it.
 _FLOWER_STAGE = 1
+#: What Celery writes past its logs when it is asked to stop.
+_CELERY_SAYS = ("worker: Warm shutdown", "worker: Hitting Ctrl+C again")
 
 #: Pools for which the database holds a key, or an endpoint that may do without.
 _READY_IN_DATABASE = union(
@@ -264,6 +266,7 @@ class Fleet:
                 argv=worker_argv(pool, lane, pool_queues(names, pool, lane), follow=True),
                 env=environment,
                 ready=partial(self._serves, pool, lane),
+                not_echoed=_CELERY_SAYS,
             )
             for pool in self._pools
             for lane in lanes

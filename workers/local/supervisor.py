@@ -54,6 +54,8 @@ class Child:
     grace_s: float = float("inf")
     #: Whether the others end when it cannot be kept running.
     vital: bool = True
+    #: Lines that begin with one of these go to its log only.
+    not_echoed: tuple[str, ...] = ()
 
 
 class Supervisor:
@@ -88,7 +90,7 @@ class Supervisor:
             log_dir.mkdir(parents=True, exist_ok=True)
         width = max((len(child.name) for child in children), default=0)
         runs = [
-            _Run(child, _Output(child.name, width, colour, log_dir, echo=echo))
+            _Run(child, _Output(child, width, colour, log_dir, echo=echo))
             for child, colour in zip(children, cycle(_COLOURS), strict=False)
         ]
         runs.sort(key=lambda run: run.child.stage)
@@ -137,7 +139,8 @@ class Supervisor:
                     raise run.failure(f"failed {run.failures} times in a row")
                 doublings = min(run.failures - 1, _MOST_DOUBLINGS)
                 wait_s = min(self._restart_cap_s, self._restart_base_s * 2**doublings)
-                run.output.note(f"{run.how_it_ended()}; starting again in {wait_s:g} s")
+                how = f"{run.how_it_ended()}{run.output.where}"
+                run.output.note(f"{how}; starting again in {wait_s:g} s")
                 run.process, run.restart_at = None, now + wait_s
             elif run.process is None and now >= run.restart_at:
                 run.start()
@@ -269,7 +272,8 @@ class _Run:
         if code is not None:
             self.output.finish()
         return ChildFailedError(
-            f"{self.child.name} {what} ({self.how_it_ended()}): {self.output.last_words()}.",
+            f"{self.child.name} {what} ({self.how_it_ended()}): "
+            f"{self.output.last_words()}{self.output.where}.",
             exit_code=1 if not code else 128 - code if code < 0 else code,
         )
 
@@ -278,9 +282,11 @@ class _Output:
     """Where the lines of one child go. A thread reads them: a full pipe would stop the child."""
 
     def __init__(
-        self, name: str, width: int, colour: int, log_dir: Path | None, *, echo: bool
+        self, child: Child, width: int, colour: int, log_dir: Path | None, *, echo: bool
     ) -> None:
+        name = child.name
         self._echo = echo
+        self._not_echoed = child.not_echoed
         coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         label = f"{name:<{width}} | "
         self._prefix = f"\033[{colour}m{label}\033[0m" if coloured else label
@@ -306,6 +312,11 @@ class _Output:
     def last_words(self) -> str:
         return " | ".join(self._last) or "it said nothing"
 
+    @property
+    def where(self) -> str:
+        """Where its log is, in brackets; empty without one."""
+        return f" (log: {self._log_path})" if self._log_path else ""
+
     def _read(self, pipe: IO[bytes]) -> None:
         with pipe:
             while line := pipe.readline(_LINE_BYTES):
@@ -315,7 +326,7 @@ class _Output:
                 self._write(text)
 
     def _write(self, text: str) -> None:
-        if self._echo:
+        if self._echo and text and not text.startswith(self._not_echoed):
             try:
                 sys.stderr.write(f"{self._prefix}{text}\n")
                 sys.stderr.flush()

@@ -13,7 +13,8 @@ from sluicegate.workers.statements import Database
 # All that is left of most of them runs. The jobs of a batch are read, however many, only if some
 # do not: one look sees both numbers at the same moment.
 _WAITED_FOR = """
-SELECT b.id, (SELECT max(batch_line) FROM jobs j WHERE j.batch_id = b.id) AS last
+SELECT b.id, (
+    SELECT coalesce(max(batch_line), 0) FROM jobs j WHERE j.batch_id = b.id) AS last
 FROM batches b
 WHERE b.cancelled_at IS NOT NULL AND b.finished_at IS NULL
   AND b.total - b.succeeded - b.failed - b.cancelled - b.expired

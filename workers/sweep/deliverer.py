@@ -91,10 +91,10 @@ FROM (
            sum(coalesce(pg_column_size(r.body), 0) + coalesce(pg_column_size(b.request), 0))
                OVER (ORDER BY o.number) AS bytes,
            row_number() OVER (ORDER BY o.number) AS n
-    FROM (SELECT id, number, job_id FROM outbox
+    FROM (SELECT id, number, job_id, fence FROM outbox
           WHERE channel = %(channel)s AND number > %(after)s ORDER BY number LIMIT %(limit)s) o
     LEFT JOIN jobs j ON j.id = o.job_id
-    LEFT JOIN results r ON r.job_id = o.job_id
+    LEFT JOIN results r ON r.job_id = o.job_id AND r.fence = o.fence
     LEFT JOIN job_bodies b ON b.job_id = o.job_id
 ) o
 WHERE o.n = 1 OR o.bytes <= {_BATCH_BYTES}

@@ -42,7 +42,7 @@ from sluicegate.workers.sweep.stager import Stager
 
 log = logging.getLogger(__name__)
 
-#: How long results gather before they are delivered.
+#: How long a loop that is woken waits for more of what woke it.
 _GATHER_S = 0.02
 
 
@@ -128,8 +128,6 @@ class Sweep:
 
     async def deliver(self) -> None:
         """Bring results to the shared reply channels."""
-        # Results that end at about the same time are delivered together.
-        await asyncio.sleep(_GATHER_S)
         if await self._deliverer.round():
             self._woken[OUTBOX_CHANNEL].set()
 
@@ -180,6 +178,8 @@ class Sweep:
                 await asyncio.wait_for(wake.wait(), self._settings.sweep_interval_s)
             except TimeoutError:
                 continue
+            # What is said at about the same time is one round's work.
+            await asyncio.sleep(_GATHER_S)
             wake.clear()
 
     async def _listen(self) -> None:
@@ -201,7 +201,9 @@ class Sweep:
 
 
 def _is_queued(entry: Settlement, settled: Settled) -> bool:
-    return entry["job_state"] == State.QUEUED and settled.published_at is not None
+    # A job that is to be cancelled has ended instead.
+    waits = entry["job_state"] == State.QUEUED and settled.body is None
+    return waits and settled.published_at is not None
 
 
 def _message(entry: Settlement, settled: Settled) -> JobMessage:

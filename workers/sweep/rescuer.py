@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sluicegate.shared.celery_app import JobMessage
-from sluicegate.shared.endings import ENDED_BODY
+from sluicegate.shared.endings import CANCELLED_BODY, ENDED_BODY
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.sweep.endings import single_messages, tell
@@ -29,7 +29,8 @@ _BURY = "DELETE FROM workers WHERE id = %(id)s AND beat = %(beat)s RETURNING id"
 
 # An attempt of nobody has an unknown outcome: its whole reservation is booked as the estimate,
 # which a late actual corrects. Its job is tried again once, if the use case says so and its
-# attempt budget allows; a job that had not been dispatched simply goes back.
+# attempt budget allows; a job that had not been dispatched simply goes back. What would go back and
+# is to be cancelled ends.
 _RESOLVE = f"""
 WITH job AS (
     SELECT j.id FROM jobs j
@@ -64,33 +65,34 @@ WITH job AS (
     FROM unknown GROUP BY job_id
 ), plan AS (
     SELECT j.id, coalesce(cost.attempts, 0) AS attempts, coalesce(cost.amount, 0) AS amount,
-           cost.attempts IS NOT NULL AND (
-               coalesce(u.unknown_policy, 'retry_once') = 'fail' OR j.unknown_attempts >= 1
-               OR j.attempts_used + cost.attempts >= j.max_attempts) AS fails
+           CASE WHEN cost.attempts IS NOT NULL AND (
+                    coalesce(u.unknown_policy, 'retry_once') = 'fail' OR j.unknown_attempts >= 1
+                    OR j.attempts_used + cost.attempts >= j.max_attempts) THEN 'failed'
+                WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled'
+                ELSE 'queued' END AS state
     FROM job JOIN jobs j USING (id)
     LEFT JOIN cost ON cost.job_id = j.id
     LEFT JOIN use_cases u ON u.name = j.use_case
 ), moved AS (
     UPDATE jobs j
-    SET state = CASE WHEN plan.fails THEN 'failed' ELSE 'queued' END,
-        worker_id = NULL, claim_id = NULL, fence = j.fence + 1,
+    SET state = plan.state, worker_id = NULL, claim_id = NULL, fence = j.fence + 1,
         attempts_used = j.attempts_used + plan.attempts,
         unknown_attempts = j.unknown_attempts + plan.attempts,
         cost_nano_usd = j.cost_nano_usd + plan.amount,
-        published_at = CASE WHEN plan.fails THEN j.published_at ELSE now() END,
-        finished_at = CASE WHEN plan.fails THEN now() END
+        published_at = CASE plan.state WHEN 'queued' THEN now() ELSE j.published_at END,
+        finished_at = CASE WHEN plan.state <> 'queued' THEN now() END
     FROM plan WHERE j.id = plan.id
     RETURNING j.*
 ), kept AS (
     INSERT INTO results (job_id, fence, body)
-    SELECT j.id, j.fence, {
+    SELECT j.id, j.fence, CASE j.state WHEN 'cancelled' THEN {CANCELLED_BODY} ELSE {
     ENDED_BODY.format(
         state="'failed'",
         error_class="'lost'",
         message="'its worker died during a paid call whose outcome is unknown, and the job "
         "may not be tried again'",
     )
-} FROM moved j WHERE j.state = 'failed'
+} END FROM moved j WHERE j.state <> 'queued'
     RETURNING job_id, body
 ), late AS (
     SELECT cost.job_id, cost.amount FROM cost WHERE cost.job_id NOT IN (SELECT id FROM job)
@@ -112,7 +114,7 @@ async def resolve_lost(db: Database, replies: Replies) -> list[JobMessage]:
     messages: list[JobMessage] = []
     while True:
         rows = await db.execute(_RESOLVE)
-        await tell(replies, [row for row in rows if row.state == "failed"])
+        await tell(replies, [row for row in rows if row.state != "queued"])
         messages += single_messages([row for row in rows if row.state == "queued"])
         if rows:
             log.warning("%d jobs of dead workers were resolved", len(rows))

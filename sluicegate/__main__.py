@@ -1,0 +1,5 @@
+"""`python -m sluicegate`: the command line."""
+
+from sluicegate.entry import main
+
+main()
