@@ -347,7 +347,9 @@ class Rig:
         calls, attempts = self.calls(job_ids), self.attempts(job_ids)
         assert self.states(job_ids) == {"succeeded": len(job_ids)}
         for job_id in job_ids:
-            (call,), (attempt,) = calls[job_id], attempts[job_id]
+            found = calls[job_id], attempts[job_id]
+            assert [len(one) for one in found] == [1, 1], found
+            (call,), (attempt,) = found
             assert (attempt.state, attempt.entries, attempt.kind) == ("succeeded", 1, "actual")
             assert (attempt.request_id, attempt.booked) == (
                 call["request_id"],
