@@ -23,10 +23,7 @@ _TIMEOUT_S = 900 if FULL else 120
 
 @pytest.fixture(scope="module", autouse=True)
 def _workers(module_rig: Rig) -> None:
-    module_rig.settings = module_rig.settings.model_copy(
-        # Nobody dies here: a busy machine must not make it look so.
-        update={"beat_valid_s": 10.0, "dead_after_s": 15.0, "stage_ahead_jobs": 100}
-    )
+    module_rig.settings = module_rig.settings.model_copy(update={"stage_ahead_jobs": 100})
     worker = module_rig.begin_worker("anthropic", ["summary"], Lane.BULK, jobs_in_flight=50)
     module_rig.start_sweep()
     module_rig.await_worker(worker)

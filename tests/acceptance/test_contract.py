@@ -213,10 +213,6 @@ def _plain(url: URL) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _fleet(module_rig: Rig) -> None:
-    # Nobody dies here: a busy machine must not make it look so.
-    module_rig.settings = module_rig.settings.model_copy(
-        update={"beat_valid_s": 10.0, "dead_after_s": 15.0}
-    )
     workers = [
         module_rig.begin_worker("anthropic", ["draft", "summary"]),
         module_rig.begin_worker("anthropic", ["summary"], Lane.BULK),

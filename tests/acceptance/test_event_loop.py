@@ -25,9 +25,6 @@ _WATCH = str(Path(__file__).parent / "loop_watch")
 @pytest.fixture(scope="module")
 def workers(module_rig: Rig) -> list[Service]:
     """Start a worker of each lane; debug mode halves their speed, so they are not for others."""
-    module_rig.settings = module_rig.settings.model_copy(
-        update={"beat_valid_s": 10.0, "dead_after_s": 15.0}
-    )
     path = os.pathsep.join([_WATCH, os.environ["PYTHONPATH"]])
     debug = {"SLUICE_LOOP_DEBUG": "1", "PYTHONPATH": path}
     started = [

@@ -19,14 +19,7 @@ CHUNK = 50
 
 @pytest.fixture(scope="module", autouse=True)
 def _workers(module_rig: Rig) -> None:
-    module_rig.settings = module_rig.settings.model_copy(
-        update={
-            # Nobody dies here: a busy machine must not make it look so.
-            "beat_valid_s": 10.0,
-            "dead_after_s": 15.0,
-            "chunk_size": CHUNK,
-        }
-    )
+    module_rig.settings = module_rig.settings.model_copy(update={"chunk_size": CHUNK})
     workers = [
         module_rig.begin_worker("openai", ["general", "voice"]),
         module_rig.begin_worker("anthropic", ["draft", "summary"]),

@@ -44,9 +44,6 @@ def rig(postgres: Any, valkey: str, sandbox: SandboxControl, tmp_path: Path) -> 
             openai_api_key=None,
             anthropic_api_key=None,
             encryption_keys=OLD,
-            # Nobody dies here: a busy machine must not make it look so.
-            beat_valid_s=10.0,
-            dead_after_s=15.0,
             jobs_in_flight=10,
         ) as rig,
     ):

@@ -20,7 +20,7 @@ from tests.polling import eventually
 IN_FLIGHT = 200 if FULL else 60
 #: What production uses, so that the time to resume is production's.
 DURATIONS: dict[str, Any] = (
-    {"beat_interval_s": 2.0, "beat_valid_s": 10.0, "dead_after_s": 15.0} if FULL else {}
+    {"beat_interval_s": 2.0} if FULL else {"beat_valid_s": 3.5, "dead_after_s": 5.0}
 )
 QUEUE = "general.openai"
 
