@@ -23,6 +23,8 @@ from sluicegate.shared.errors import SettingsError, SluiceError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cryptography.fernet import Fernet, MultiFernet
+
     from sluicegate.shared.settings import Settings
 
 _VARIABLE: Final = "SLUICE_ENCRYPTION_KEYS"
@@ -94,21 +96,24 @@ class Keyring:
     """
 
     def __init__(self, keys: Sequence[Secret]) -> None:
-        from cryptography.fernet import Fernet, MultiFernet
-
         for number, key in enumerate(keys, 1):
             if not _FERNET_KEY.fullmatch(key.get_secret_value()):
                 raise SettingsError(
                     f"{_VARIABLE}: key {number} of {len(keys)} is not a Fernet key; "
                     "`sluice secrets new-key` prints one"
                 )
-        fernets = [Fernet(key.get_secret_value()) for key in keys]
         #: What tells its keys from others, the newest first, and gives none of them away.
         self.fingerprints = tuple(
             sha256(key.get_secret_value().encode()).hexdigest()[:_FINGERPRINT_CHARS] for key in keys
         )
-        self._newest = fernets[0] if fernets else None
-        self._all = MultiFernet(fernets) if fernets else None
+        self._newest: Fernet | None = None
+        self._all: MultiFernet | None = None
+        if keys:
+            # Seven megabytes that a fleet with its keys in the environment need not carry.
+            from cryptography.fernet import Fernet, MultiFernet
+
+            fernets = [Fernet(key.get_secret_value()) for key in keys]
+            self._newest, self._all = fernets[0], MultiFernet(fernets)
         # Each job asks for a key, and there are few of them.
         self._opened = lru_cache(_MAX_OPENED)(self._open)
 
