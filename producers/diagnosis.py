@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
-from uuid import UUID
 
 from sluicegate.shared.catalogue import Catalogue, Provider
+from sluicegate.shared.catalogue_changes import NOBODY, serving
 from sluicegate.shared.errors import InvalidJob, UnknownPrice
 from sluicegate.shared.pricing import baseline_provider, price_card
 from sluicegate.shared.provider_keys import GIVE_KEY, Readers
 from sluicegate.shared.queues import POOLS
-from sluicegate.shared.routing import Needs, route
 from sluicegate.shared.settings import Settings
 
 #: How long before a model's end it is spoken of.
@@ -25,9 +24,6 @@ _REDIS_NEEDED = (7, 0)
 _CLOCK_WARNING_S = 0.5
 #: Messages may be claimed this much early (workers' claim statement): beyond it clocks hurt.
 _CLOCK_PROBLEM_S = 2.0
-
-#: An account without rows of its own.
-_NOBODY = UUID(int=0)
 
 
 class Level(StrEnum):
@@ -218,20 +214,7 @@ def judge_catalogue(catalogue: Catalogue, settings: Settings, now: datetime) -> 
     used: set[str] = set()
     for name in sorted(one.name for one in catalogue.use_cases.values() if one.is_active):
         try:
-            rows = route(
-                Needs(
-                    use_case=name,
-                    capabilities=frozenset(),
-                    prompt_tokens=100,
-                    max_tokens=None,
-                    model=None,
-                ),
-                catalogue,
-                account_id=_NOBODY,
-                mode=settings.catalogue,
-                now=now,
-                first_token_ms={},
-            )
+            rows = serving(catalogue, name, account_id=NOBODY, mode=settings.catalogue, now=now)
         except (InvalidJob, UnknownPrice) as refusal:
             advice = f"give it one: `sluice provider set NAME --use-case {name}`"
             found.append(problem("catalogue", f"use case {name}: {refusal}", advice))

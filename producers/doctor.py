@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any, Final, cast
 
@@ -25,10 +25,11 @@ from sluicegate.producers.diagnosis import (
     problem,
 )
 from sluicegate.shared.catalogue import Catalogue, read
-from sluicegate.shared.database import DATABASE_ERRORS, check_schema, make_engine
+from sluicegate.shared.connecting import connected
+from sluicegate.shared.database import DATABASE_ERRORS, check_schema
 from sluicegate.shared.errors import SchemaOutdated, SettingsError
 from sluicegate.shared.jobs import Lane
-from sluicegate.shared.provider_keys import readers
+from sluicegate.shared.provider_keys import KEY_VARIABLES, environment_key, readers
 from sluicegate.shared.queues import POOLS, pool_queues
 from sluicegate.shared.redis_client import make_redis
 from sluicegate.shared.secrets import Keyring, SecretUnreadable
@@ -66,7 +67,7 @@ def examine(settings: Settings) -> list[Finding]:
     findings = judge_settings(settings)
     clocks: dict[str, float] = {}
     try:
-        with _connection(settings) as connection:
+        with connected(settings) as connection:
             findings += _look_at_postgres(connection, settings, clocks)
     except DATABASE_ERRORS as error:
         reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
@@ -86,16 +87,6 @@ def examine(settings: Settings) -> list[Finding]:
             problem("redis", f"did not answer: {error}", "start it, or check SLUICE_REDIS_URL")
         )
     return [*findings, *judge_clocks(clocks)]
-
-
-@contextmanager
-def _connection(settings: Settings) -> Iterator[Connection]:
-    engine = make_engine(settings, application_name="sluice command", pool_size=1)
-    try:
-        with engine.connect() as connection:
-            yield connection
-    finally:
-        engine.dispose()
 
 
 def _look_at_postgres(
@@ -142,11 +133,9 @@ def _look_at_keys(
     except SettingsError as refusal:
         found, _, advice = str(refusal).partition("; ")
         return [problem("keys", found, advice)]
-    in_environment = {
-        "openai": settings.openai_api_key,
-        "anthropic": settings.anthropic_api_key,
+    sources: dict[str, str] = {
+        pool: "from the environment" for pool in KEY_VARIABLES if environment_key(settings, pool)
     }
-    sources = {pool: "from the environment" for pool, key in in_environment.items() if key}
     unreadable = []
     for row in connection.execute(text(_STORED)):
         try:

@@ -62,11 +62,16 @@ class Change(Frozen):
 
 
 def serving(
-    catalogue: Catalogue, use_case: str, *, account_id: UUID, mode: Mode
+    catalogue: Catalogue,
+    use_case: str,
+    *,
+    account_id: UUID,
+    mode: Mode,
+    now: datetime | None = None,
 ) -> tuple[Provider, ...]:
     """Return the rows that a small job of this use case tries, in order; raises as `route`.
 
-    `mode` is the setting `catalogue`.
+    `mode` is the setting `catalogue`; `now` the moment, the present one if not given.
     """
     needs = Needs(
         use_case=use_case,
@@ -80,7 +85,7 @@ def serving(
         catalogue,
         account_id=account_id,
         mode=mode,
-        now=datetime.now(UTC),
+        now=now or datetime.now(UTC),
         first_token_ms={},
     )
 

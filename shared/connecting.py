@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+    from sluicegate.shared.settings import Settings
+
 
 @contextmanager
 def catalogue_change() -> Iterator[Connection]:
@@ -35,14 +37,24 @@ def catalogue_change() -> Iterator[Connection]:
 @contextmanager
 def connection() -> Iterator[Connection]:
     """Connect, in autocommit; what Postgres refuses is a `SluiceError` of one sentence."""
-    from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine
+    from sluicegate.shared.database import DATABASE_ERRORS, explain
     from sluicegate.shared.settings import get_settings
 
-    engine = make_engine(get_settings(), application_name="sluice command", pool_size=1)
     try:
-        with engine.connect() as line:
+        with connected(get_settings()) as line:
             yield line
     except DATABASE_ERRORS as error:
         raise explain(error) from error
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[Connection]:
+    """Connect, in autocommit; what Postgres refuses is raised as it comes."""
+    from sluicegate.shared.database import make_engine
+
+    engine = make_engine(settings, application_name="sluice command", pool_size=1)
+    try:
+        with engine.connect() as line:
+            yield line
     finally:
         engine.dispose()

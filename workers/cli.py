@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,18 +15,13 @@ import typer
 from rich.console import Console
 from sqlalchemy import select
 
-from sluicegate.shared.database import make_engine
+from sluicegate.shared.connecting import connected
 from sluicegate.shared.errors import SettingsError, SluiceError
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.migrations import current, upgrade
 from sluicegate.shared.queues import POOLS, pool_queues
 from sluicegate.shared.settings import Settings, get_settings
 from sluicegate.shared.tables import use_cases
-
-# The command line offers these commands only where what they run is installed.
-for _name in ("uvloop", "openai", "anthropic"):
-    if find_spec(_name) is None:
-        raise ModuleNotFoundError(f"{_name} is not installed", name=_name)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 db = typer.Typer(no_args_is_help=True, help="The database schema.")
@@ -53,12 +47,8 @@ def worker_argv(pool: str, lane: Lane, queues: list[str], *, follow: bool = Fals
 
 def known_use_cases(settings: Settings) -> list[str]:
     """Return the names of all use cases; raises a connection error if Postgres is away."""
-    engine = make_engine(settings, pool_size=1)
-    try:
-        with engine.connect() as connection:
-            return list(connection.scalars(select(use_cases.c.name).order_by(use_cases.c.name)))
-    finally:
-        engine.dispose()
+    with connected(settings) as connection:
+        return list(connection.scalars(select(use_cases.c.name).order_by(use_cases.c.name)))
 
 
 @app.command(epilog="Example: sluice worker anthropic --lane bulk")

@@ -18,12 +18,12 @@ import redis.asyncio
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from sluicegate import AsyncSluice, InvalidJob, Sluice, SluiceError, State, cli
+from sluicegate import AsyncSluice, InvalidJob, Sluice, SluiceError, State
 from sluicegate.producers.reply_channels import Delivery
 from sluicegate.shared.database import BY_SIZE
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_channels import JOB_FIELD, REPLY_FIELD
-from sluicegate.shared.settings import Settings, get_settings
+from sluicegate.shared.settings import Settings
 from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.deliverer import _ADD, Deliverer
 from sluicegate.workers.sweep.loops import Sweep
@@ -781,22 +781,16 @@ def test_consumers_of_the_past_are_cleared_away(
 
 @pytest.fixture
 def command(
-    settings: Settings,
-    environment: Callable[[Settings], dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    settings: Settings, command_line: Callable[[Settings], Command]
 ) -> Callable[..., tuple[int, str]]:
     """Run a command; return its exit code and what it printed on either side."""
-    for name, value in environment(settings).items():
-        monkeypatch.setenv(name, value)
+    run = command_line(settings)
 
-    def run(*arguments: str) -> tuple[int, str]:
-        get_settings.cache_clear()
-        code = cli.run(arguments)
-        said = capsys.readouterr()
-        return code, said.out + said.err
+    def both(*arguments: str) -> tuple[int, str]:
+        outcome = run(*arguments)
+        return outcome.code, outcome.out + outcome.err
 
-    return run
+    return both
 
 
 def test_an_operator_sees_and_removes_a_group_that_holds_up_a_channel(
