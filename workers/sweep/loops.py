@@ -175,7 +175,9 @@ class Sweep:
                 await asyncio.sleep(self._settings.sweep_interval_s)
                 continue
             try:
-                await asyncio.wait_for(wake.wait(), self._settings.sweep_interval_s)
+                # `wait_for` would lose a cancellation that comes together with the wish.
+                async with asyncio.timeout(self._settings.sweep_interval_s):
+                    await wake.wait()
             except TimeoutError:
                 continue
             # What is said at about the same time is one round's work.
