@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import redis
 import redis.asyncio
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.connection import BlockingConnectionPool as AsyncBlockingPool
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
@@ -11,6 +15,26 @@ from redis.connection import BlockingConnectionPool
 from redis.retry import Retry
 
 from sluicegate.shared.settings import Settings
+
+
+class _KeepsCancellation(AbstractConnection):
+    """A connection on which a task can be cancelled at any moment.
+
+    redis-py sends through `asyncio.wait_for`, which before Python 3.12 swallows a cancellation
+    that arrives together with what it waits for (https://github.com/python/cpython/issues/86296):
+    a loop that was told to end went on for ever.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send; raises `CancelledError` also where redis-py has swallowed it."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        await super().send_packed_command(command, check_health)
+        if task.cancelling() > cancelled:
+            # Nobody reads the answer any more: the next user must not get it.
+            await self.disconnect(nowait=True)
+            raise asyncio.CancelledError
 
 
 def make_redis(
@@ -51,4 +75,6 @@ def make_async_redis(
         # server that is away is decided by whoever asked, not by minutes of hidden retries.
         retry=AsyncRetry(NoBackoff(), repeats),
     )
+    # The URL decides which class it is: TCP, TLS or a Unix socket.
+    pool.connection_class = type("Connection", (_KeepsCancellation, pool.connection_class), {})
     return redis.asyncio.Redis.from_pool(pool)

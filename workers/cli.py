@@ -83,21 +83,8 @@ def sweep() -> None:
 
     async def run() -> None:
         loops = asyncio.ensure_future(Sweep(get_settings()).run())
-        loop = asyncio.get_running_loop()
-
-        def end_rest() -> None:
-            # A library may lose a cancellation that comes while it connects: it comes again.
-            for task in asyncio.all_tasks() - {main}:
-                task.cancel()
-            loop.call_later(3.0, end_rest)
-
-        def stop() -> None:
-            loops.cancel()
-            loop.call_later(3.0, end_rest)
-
-        main = asyncio.current_task()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+            asyncio.get_running_loop().add_signal_handler(number, loops.cancel)
         try:
             await loops
         except asyncio.CancelledError:

@@ -258,7 +258,8 @@ class Worker:
         await self._heartbeat.stop()
         # What was paid for and cut off in the middle of its settlement is settled all the same.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._settler.finish(), _FINISH_S)
+            async with asyncio.timeout(_FINISH_S):
+                await self._settler.finish()
         try:
             # Without its row this worker is dead to the fleet: jobs it had not dispatched are
             # queued again, calls that were cut off become unknown attempts.

@@ -379,7 +379,8 @@ class TaskPool(BasePool):
                 logger.error("A drain hook failed: %s", outcome, exc_info=outcome)
         for stop_hook in reversed(self._stop_hooks):
             try:
-                await asyncio.wait_for(stop_hook(), STOP_HOOK_TIMEOUT_S)
+                async with asyncio.timeout(STOP_HOOK_TIMEOUT_S):
+                    await stop_hook()
             except Exception:
                 logger.exception("A stop hook failed.")
 

@@ -95,7 +95,9 @@ class Replies:
         payload = orjson.dumps({"type": kind, "model": model, "attempt": attempt})
         sent = self._send(channel.key, event_id(channel.fence, channel.n), payload)
         try:
-            await asyncio.wait_for(sent, _BEGIN_TIMEOUT_S)
+            # Not `wait_for`: before Python 3.12 it may swallow a cancellation.
+            async with asyncio.timeout(_BEGIN_TIMEOUT_S):
+                await sent
         except TimeoutError:
             # The call must not wait for Redis. Without its beginning the rest is of no use.
             channel.lost = True
