@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sluicegate.shared.pricing import PriceCard, price_card
 from sluicegate.shared.redis_client import make_redis
 from sluicegate.shared.settings import Settings
-from sluicegate.shared.tables import accounts, llm_providers, provider_keys, use_cases
+from sluicegate.shared.tables import accounts, llm_providers, pauses, provider_keys, use_cases
 
 #: Holds a token that changes with the catalogue; absent after a flush, which reads as a change.
 VERSION_KEY: Final = "catalogue:version"
@@ -61,6 +61,14 @@ class Provider:
     retires_at: datetime | None
     successor: str | None
     price_override: Mapping[str, float] | None = field(hash=False)
+    #: The operator's lever.
+    breaker: Literal["auto", "forced_open", "disabled"] = "auto"
+    #: The provider's limits for our key; None: not known.
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    input_tokens_per_minute: int | None = None
+    output_tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
     #: The row's own key, encrypted.
     api_key_encrypted: str | None = field(default=None, repr=False)
 
@@ -84,6 +92,15 @@ class UseCase:
     is_active: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pauses:
+    """What an operator has stopped."""
+
+    providers: frozenset[UUID] = frozenset()
+    accounts: frozenset[UUID] = frozenset()
+    use_cases: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Catalogue:
     """One reading of the active provider rows and of all use cases."""
@@ -94,6 +111,7 @@ class Catalogue:
     keys: Mapping[tuple[PoolName, UUID | None], str] = field(default_factory=dict, repr=False)
     #: Names of the accounts that have one of these keys.
     key_owners: Mapping[UUID, str] = field(default_factory=dict)
+    pauses: Pauses = Pauses()
 
     @property
     def open_use_cases(self) -> str:
@@ -123,6 +141,12 @@ PROVIDERS = select(
             "successor",
             "price_override",
             "api_key_encrypted",
+            "breaker",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "input_tokens_per_minute",
+            "output_tokens_per_minute",
+            "max_concurrent",
         )
     )
 ).where(llm_providers.c.is_active)
@@ -143,15 +167,18 @@ KEYS = select(
     accounts.c.name.label("account"),
 ).outerjoin_from(provider_keys, accounts)
 
-_QUERIES: Final = (PROVIDERS, USE_CASES, KEYS)
+PAUSES = select(pauses.c.kind, pauses.c.subject)
+
+_QUERIES: Final = (PROVIDERS, USE_CASES, KEYS, PAUSES)
 
 
 def build(
     provider_rows: Iterable[Row[Any]],
     use_case_rows: Iterable[Row[Any]],
     key_rows: Iterable[Row[Any]],
+    pause_rows: Iterable[Row[Any]],
 ) -> Catalogue:
-    """Make a catalogue of rows as `PROVIDERS`, `USE_CASES` and `KEYS` select them."""
+    """Make a catalogue of rows as `PROVIDERS`, `USE_CASES`, `KEYS` and `PAUSES` select them."""
     providers = []
     for row in provider_rows:
         values = dict(row._mapping)
@@ -159,11 +186,19 @@ def build(
             values[name] = frozenset(values[name])
         providers.append(Provider(**values))
     keys = list(key_rows)
+    paused: dict[str, set[str]] = {"provider": set(), "account": set(), "use_case": set()}
+    for row in pause_rows:
+        paused[row.kind].add(row.subject)
     return Catalogue(
         tuple(providers),
         {row.name: UseCase(**row._mapping) for row in use_case_rows},
         {(row.provider, row.account_id): row.api_key_encrypted for row in keys},
         {row.account_id: row.account for row in keys if row.account_id is not None},
+        Pauses(
+            providers=frozenset(map(UUID, paused["provider"])),
+            accounts=frozenset(map(UUID, paused["account"])),
+            use_cases=frozenset(paused["use_case"]),
+        ),
     )
 
 

@@ -115,7 +115,7 @@ def list_providers(connection: Connection) -> list[ProviderEntry]:
         .outerjoin_from(llm_providers, accounts)
         .order_by(accounts.c.name.nulls_first(), columns.name)
     ).all()
-    found = build(connection.execute(select(*PROVIDERS.selected_columns)), (), ()).providers
+    found = build(connection.execute(select(*PROVIDERS.selected_columns)), (), (), ()).providers
     providers = {provider.id: provider for provider in found}
     entries = []
     for row in rows:

@@ -81,6 +81,36 @@ class Settings(BaseSettings):
     first_token_deadline_s: Seconds = 30
     idle_deadline_s: Seconds = 20
     total_deadline_s: Seconds = 300
+    #: To the whole answer of a call that is not streamed; then another provider is asked.
+    response_deadline_s: Seconds = 120
+
+    # Gates, one set for each provider row, shared by the fleet
+    #: A breaker opens after this many failures in a row,
+    breaker_streak: Count = 5
+    #: or when this share of at least so many calls in its window failed.
+    breaker_failure_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    breaker_min_calls: Count = 20
+    #: The window is twelve of these.
+    breaker_bucket_s: Seconds = 10
+    #: How long it stays open at first, and at most, doubling in between.
+    breaker_open_s: Seconds = 5
+    breaker_open_max_s: Seconds = 20
+    #: Calls that a half-open breaker lets through at a time.
+    breaker_probes: Count = 2
+    #: A slot or probe that its worker has not confirmed for this long is free again.
+    gate_lease_s: Seconds = 15
+    #: The share of a provider's limits that bulk jobs may use.
+    bulk_share: Annotated[float, Field(gt=0, le=1)] = 0.8
+    #: How long a provider rests after a 429 that does not say it, doubling up to a minute.
+    cooldown_s: Seconds = 1
+    #: The longest rest that a provider's headers can ask for.
+    cooldown_max_s: Seconds = 3600
+    #: How long an account does not use a provider that refused its key or has no quota left.
+    suspension_s: Seconds = 900
+    #: How long a job waits in its worker for a provider that is at its limit.
+    gate_patience_s: Seconds = 1
+    #: Second tries at a provider, as a share of its first ones.
+    retry_share: Annotated[float, Field(gt=0, le=1)] = 0.2
 
     #: What keys of providers in the database are encrypted with: Fernet keys with commas between,
     #: the newest first. All can be read, the first one writes.

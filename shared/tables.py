@@ -96,10 +96,14 @@ llm_providers = Table(
     Column("catalogue", Text),
     #: Lower is tried first.
     Column("priority", Integer, nullable=False, server_default="100"),
+    #: The provider's limits for our key; null: not known, so only its own refusals are heard.
     Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", BigInteger),
     Column("input_tokens_per_minute", BigInteger),
     Column("output_tokens_per_minute", BigInteger),
     Column("max_concurrent", Integer),
+    #: The operator's lever; `auto` leaves it to the breaker's own state in Redis.
+    Column("breaker", Text, nullable=False, server_default="auto"),
     Column("retires_at", _TIME),
     Column("successor", Text),
     #: Nano-USD a token by class; null: the price list knows.
@@ -107,6 +111,7 @@ llm_providers = Table(
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     Column("updated_at", _TIME, nullable=False, server_default=_NOW),
     _one_of("provider", "openai", "anthropic"),
+    _one_of("breaker", "auto", "forced_open", "disabled"),
     CheckConstraint("max_tokens >= 1", name="max_tokens"),
     CheckConstraint("catalogue IN ('current', 'original')", name="catalogue"),
     Index(
@@ -137,6 +142,59 @@ provider_keys = Table(
         "account_id",
         unique=True,
         postgresql_nulls_not_distinct=True,
+    ),
+)
+
+#: What an operator has stopped: no new call until it is resumed.
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    #: The provider's or account's id, or the use case's name.
+    Column("subject", Text, primary_key=True),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    _one_of("kind", "provider", "account", "use_case"),
+)
+
+#: The audit trail of the gates: what opened, closed, was suspended, paused or forced, and why.
+gate_changes = Table(
+    "gate_changes",
+    metadata,
+    Column("number", BigInteger, Identity(always=True), primary_key=True),
+    #: Of the event in Redis, so that it is recorded once; null: an operator's own change.
+    Column("event_id", Text, unique=True),
+    Column("at", _TIME, nullable=False, server_default=_NOW),
+    Column("kind", Text, nullable=False),
+    Column("provider_id", Uuid),
+    Column("account_id", Uuid),
+    Column("use_case", Text),
+    Column("before", Text, nullable=False),
+    Column("after", Text, nullable=False),
+    Column("reason", Text, nullable=False, server_default=""),
+    _one_of("kind", "breaker", "suspension", "pause", "lever"),
+    Index("gate_changes_provider_idx", "provider_id", "number"),
+)
+
+#: What somebody has to look at.
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("account_id", Uuid),
+    Column("provider_id", Uuid),
+    Column("message", Text, nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    #: When what it is about was over; until then there is one row for it.
+    Column("resolved_at", _TIME),
+    Index(
+        "alerts_open_key",
+        "kind",
+        "account_id",
+        "provider_id",
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+        postgresql_where=text("resolved_at IS NULL"),
     ),
 )
 
@@ -221,6 +279,10 @@ jobs = Table(
     Column("max_attempts", SmallInteger, nullable=False),
     #: Provider rows that said no since the job last parked.
     Column("refused", ARRAY(Uuid), nullable=False, server_default=text("'{}'::uuid[]")),
+    #: Provider rows that are never to get this job again: it is too long for their model.
+    Column("ruled_out", ARRAY(Uuid), nullable=False, server_default=text("'{}'::uuid[]")),
+    #: While it is parked by the gates: what each candidate said, for people.
+    Column("held_back", Text),
     Column("cost_nano_usd", BigInteger, nullable=False, server_default="0"),
     Column("run_at", _TIME, nullable=False, server_default=_NOW),
     Column("deadline_at", _TIME, nullable=False),
