@@ -11,6 +11,7 @@ from typing import Final
 from sluicegate.shared.catalogue import Catalogue, Provider
 from sluicegate.shared.catalogue_changes import NOBODY, serving
 from sluicegate.shared.errors import InvalidJob, UnknownPrice
+from sluicegate.shared.gate_changes import Alert, Pause
 from sluicegate.shared.pricing import baseline_provider, price_card
 from sluicegate.shared.provider_keys import GIVE_KEY, Readers
 from sluicegate.shared.queues import POOLS
@@ -18,6 +19,11 @@ from sluicegate.shared.settings import Settings
 
 #: How long before a model's end it is spoken of.
 RETIRES_SOON: Final = timedelta(days=60)
+
+#: After which what somebody has stopped or forced looks forgotten.
+FORGOTTEN_AFTER: Final = timedelta(days=1)
+#: Alerts that are shown one by one.
+ALERTS_SHOWN: Final = 10
 
 _POSTGRES_NEEDED = 150_000
 _REDIS_NEEDED = (7, 0)
@@ -68,6 +74,10 @@ def judge_settings(settings: Settings) -> list[Finding]:
         *_longer_than(settings, "total_deadline_s", "connect_deadline_s"),
         *_longer_than(settings, "total_deadline_s", "first_token_deadline_s"),
         *_longer_than(settings, "total_deadline_s", "idle_deadline_s"),
+        *_longer_than(settings, "total_deadline_s", "response_deadline_s"),
+        *_longer_than(settings, "breaker_open_max_s", "breaker_open_s"),
+        *_longer_than(settings, "cooldown_max_s", "cooldown_s"),
+        *_longer_than(settings, "gate_lease_s", "beat_valid_s"),
         *_longer_than(settings, "interactive_deadline_s", "first_token_deadline_s"),
         *_longer_than(settings, "bulk_deadline_s", "total_deadline_s"),
         *_longer_than(settings, "reply_ttl_s", "interactive_deadline_s"),
@@ -76,9 +86,9 @@ def judge_settings(settings: Settings) -> list[Finding]:
         *_longer_than(settings, "jobs_in_flight", "chunk_size"),
         *_longer_than(settings, "stage_ahead_jobs", "chunk_size"),
     ]
-    # A chunk is acknowledged when its last job has ended: a slow one may take every retry that
-    # is not parked, and its grace.
-    longest_s = settings.total_deadline_s + settings.retry_park_above_s + settings.grace_s
+    # A chunk is acknowledged when its last job has ended, and a slow one may go from candidate to
+    # candidate until its attempts are used.
+    longest_s = settings.max_attempts * settings.total_deadline_s + settings.grace_s
     if settings.visibility_timeout_s < 2 * longest_s:
         found.append(
             warning(
@@ -315,3 +325,44 @@ def judge_processes(
             )
         )
     return found
+
+
+def judge_gates(
+    alerts: Sequence[Alert],
+    pauses: Iterable[Pause],
+    levers: Iterable[tuple[str, str, datetime]],
+    now: datetime,
+) -> list[Finding]:
+    """Find suspended accounts, and what an operator has stopped or forced and left so.
+
+    A lever is the provider's name, its position, and since when it has been there.
+    """
+    found = [
+        warning(
+            "gates",
+            alert.message,
+            "see to its key or quota, then `sluice breaker reset PROVIDER --account ACCOUNT`",
+        )
+        for alert in alerts[:ALERTS_SHOWN]
+    ]
+    if len(alerts) > ALERTS_SHOWN:
+        found.append(warning("gates", "more accounts are suspended", "see `sluice breaker list`"))
+    found += [
+        warning(
+            "gates",
+            f"{pause.kind.replace('_', ' ')} {pause.name} has been paused since {pause.since:%F}",
+            "let it go on with `sluice resume`, or disable it",
+        )
+        for pause in pauses
+        if pause.since <= now - FORGOTTEN_AFTER
+    ]
+    found += [
+        warning(
+            "gates",
+            f"the breaker of {name} has been {lever.replace('_', ' ')} since {since:%F}",
+            f"leave it to itself: `sluice breaker reset {name}`",
+        )
+        for name, lever, since in levers
+        if since <= now - FORGOTTEN_AFTER
+    ]
+    return found or [ok("gates", "nobody is suspended, nothing is left paused or forced")]

@@ -12,9 +12,11 @@ import redis
 from sqlalchemy import Connection, text
 
 from sluicegate.producers.diagnosis import (
+    ALERTS_SHOWN,
     Finding,
     judge_catalogue,
     judge_clocks,
+    judge_gates,
     judge_keyrings,
     judge_keys,
     judge_postgres,
@@ -28,6 +30,7 @@ from sluicegate.shared.catalogue import Catalogue, read
 from sluicegate.shared.connecting import connected
 from sluicegate.shared.database import DATABASE_ERRORS, check_schema
 from sluicegate.shared.errors import SchemaOutdated, SettingsError
+from sluicegate.shared.gate_changes import last_changes, list_alerts, list_pauses
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.provider_keys import KEY_VARIABLES, environment_key, readers
 from sluicegate.shared.queues import POOLS, pool_queues
@@ -114,15 +117,28 @@ def _look_at_postgres(
 def _look_at_fleet(connection: Connection, settings: Settings, *, sweeps: int) -> list[Finding]:
     catalogue = read(connection)
     names = sorted(catalogue.use_cases)
+    now = datetime.now(UTC)
     return [
-        *judge_catalogue(catalogue, settings, datetime.now(UTC)),
+        *judge_catalogue(catalogue, settings, now),
         *_look_at_keys(connection, catalogue, settings),
+        *_look_at_gates(connection, catalogue, now),
         *judge_processes(
             connection.scalars(text(_SERVED)).all(),
             [queue for pool in POOLS for lane in Lane for queue in pool_queues(names, pool, lane)],
             sweeps=sweeps,
         ),
     ]
+
+
+def _look_at_gates(connection: Connection, catalogue: Catalogue, now: datetime) -> list[Finding]:
+    moved = last_changes(connection, "lever")
+    levers = [
+        (row.name, row.breaker, moved[row.id][1])
+        for row in catalogue.providers
+        if row.breaker != "auto" and row.id in moved
+    ]
+    alerts = list_alerts(connection, limit=ALERTS_SHOWN + 1)
+    return judge_gates(alerts, list_pauses(connection), levers, now)
 
 
 def _look_at_keys(

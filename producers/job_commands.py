@@ -112,6 +112,8 @@ def _job_rows(view: JobView) -> list[tuple[str, str]]:
     result = view.result
     batch = None if view.batch_id is None else f"{view.batch_id}, line {view.batch_line}"
     rare = (
+        ("held back", view.held_back),
+        ("tried again", view.held_back and moment(view.run_at)),
         ("finished", moment(view.finished_at)),
         ("cancel asked", moment(view.cancel_requested_at)),
         ("reply to", view.reply_to),

@@ -85,7 +85,7 @@ WITH job AS (
     UPDATE jobs j
     SET state = 'queued', worker_id = NULL, claim_id = NULL, queue = %(queue)s,
         fence = j.fence + 1, attempts_used = 0, unknown_attempts = 0, refused = '{}',
-        run_at = now(), published_at = now(),
+        ruled_out = '{}', held_back = NULL, run_at = now(), published_at = now(),
         deadline_at = now() + make_interval(secs => %(deadline_s)s), finished_at = NULL,
         cancel_requested_at = NULL
     FROM job WHERE j.id = job.id AND job.opens

@@ -54,6 +54,8 @@ class JobView(Frozen):
     #: Not started before; later than `created_at` where the job waits for something.
     run_at: datetime
     deadline_at: datetime
+    #: While the gates keep it parked: what each of its providers said.
+    held_back: str | None
     finished_at: datetime | None
     idempotency_key: str | None
     request_id: str | None
@@ -82,8 +84,9 @@ class JobView(Frozen):
 JOB_QUERY: Final = """
 SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS account,
        j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd, j.created_at, j.run_at,
-       j.deadline_at, j.finished_at, j.idempotency_key, j.request_id, j.submitted_by,
-       j.submitted_from, j.reply_to, j.batch_id, j.batch_line, j.cancel_requested_at, r.body,
+       j.deadline_at, CASE j.state WHEN 'parked' THEN j.held_back END AS held_back,
+       j.finished_at, j.idempotency_key, j.request_id, j.submitted_by, j.submitted_from,
+       j.reply_to, j.batch_id, j.batch_line, j.cancel_requested_at, r.body,
        coalesce(b.request->'metadata', '{}'::json) AS metadata,
        (SELECT coalesce(json_agg(one), '[]'::json) FROM (
            SELECT t.number, t.provider, t.model, t.state, t.error_class, t.error_message,

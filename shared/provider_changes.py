@@ -45,6 +45,7 @@ class ProviderChange(Change):
     #: Lower is tried first.
     priority: Annotated[int, Field(ge=0, le=2**31 - 1)] = 100
     requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
     input_tokens_per_minute: Count | None = None
     output_tokens_per_minute: Count | None = None
     max_concurrent: Count | None = None
@@ -87,41 +88,28 @@ class ProviderChange(Change):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderEntry:
-    """A provider row, in use or not, and what routing does not look at."""
+    """A provider row, in use or not, and whose it is."""
 
     provider: Provider
     is_active: bool
     #: Whose it is; None: everybody's.
     account: str | None
-    requests_per_minute: int | None
-    input_tokens_per_minute: int | None
-    output_tokens_per_minute: int | None
-    max_concurrent: int | None
 
 
 def list_providers(connection: Connection) -> list[ProviderEntry]:
     """Return all rows, everybody's first, by name."""
     columns = llm_providers.c
     rows = connection.execute(
-        select(
-            columns.id,
-            columns.is_active,
-            accounts.c.name.label("account"),
-            columns.requests_per_minute,
-            columns.input_tokens_per_minute,
-            columns.output_tokens_per_minute,
-            columns.max_concurrent,
-        )
+        select(columns.id, columns.is_active, accounts.c.name.label("account"))
         .outerjoin_from(llm_providers, accounts)
         .order_by(accounts.c.name.nulls_first(), columns.name)
     ).all()
     found = build(connection.execute(select(*PROVIDERS.selected_columns)), (), (), ()).providers
     providers = {provider.id: provider for provider in found}
-    entries = []
-    for row in rows:
-        values = dict(row._mapping)
-        entries.append(ProviderEntry(provider=providers[values.pop("id")], **values))
-    return entries
+    return [
+        ProviderEntry(provider=providers[row.id], is_active=row.is_active, account=row.account)
+        for row in rows
+    ]
 
 
 def add_provider(

@@ -43,6 +43,17 @@ COMMANDS = {
     ),
     "account": _Named(f"{_PRODUCERS}account_commands", "Accounts: on whose behalf jobs run."),
     "provider": _Named(f"{_WORKERS}provider_commands", "Providers: the models that jobs go to."),
+    "breaker": _Named(
+        f"{_WORKERS}breaker_commands", "Gates of providers: breakers, limits, suspended accounts."
+    ),
+    "pause": _Named(
+        f"{_WORKERS}pause_commands",
+        "Stop new calls to a provider, or of an account or a use case, within 2 s.",
+    ),
+    "resume": _Named(
+        f"{_WORKERS}pause_commands",
+        "Let go on what was paused, and the jobs that waited for it.",
+    ),
     "usecase": _Named(
         f"{_PRODUCERS}usecase_commands", "Use cases: the kinds of work that jobs are."
     ),

@@ -261,8 +261,10 @@ def sandbox(_sandbox_process: SandboxControl) -> Iterator[SandboxControl]:
     """
     usual = _sandbox_process.settings()
     _sandbox_process.reset()
+    _sandbox_process.clear_limits()
     yield _sandbox_process
     _sandbox_process.reset()
+    _sandbox_process.clear_limits()
     _sandbox_process.settings(**usual)
 
 

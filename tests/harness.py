@@ -258,10 +258,18 @@ class Rig:
 
         def over() -> bool:
             counts = self.states(job_ids)
-            assert sum(counts.get(state, 0) for state in _OVER) == len(job_ids), counts
+            ended = sum(counts.get(state, 0) for state in _OVER)
+            assert ended == len(job_ids), (counts, self._held_back(job_ids))
             return True
 
         eventually(over, timeout_s)
+
+    def _held_back(self, job_ids: Sequence[UUID]) -> list[Any]:
+        return self.rows(
+            "SELECT held_back, run_at - now() AS due, count(*) FROM jobs"
+            " WHERE id = ANY(%(ids)s) AND state = 'parked' GROUP BY 1, 2 LIMIT 5",
+            ids=list(job_ids),
+        )
 
     def states(self, job_ids: Sequence[UUID]) -> dict[str, int]:
         """How many of these jobs are in which state."""

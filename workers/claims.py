@@ -48,6 +48,11 @@ WITH me AS (
 SELECT held.id, held.claim_id, held.fence, held.account_id, held.use_case, held.lane, held.queue,
        held.attempts_used, held.unknown_attempts, held.max_attempts, held.cost_nano_usd,
        held.created_at, held.cancel_requested_at IS NOT NULL AS unwanted,
+       held.refused, held.ruled_out, held.run_at > held.created_at AS waited,
+       CASE WHEN held.attempts_used > 0 THEN ARRAY(
+           SELECT a.provider_id FROM attempts a
+           WHERE a.job_id = held.id AND a.state = 'failed' AND a.error_class <> 'rate_limited')
+       END AS tried,
        extract(epoch FROM held.deadline_at - now())::float8 AS left_s,
        b.request::text AS request
 FROM held JOIN job_bodies b ON b.job_id = held.id
@@ -95,6 +100,13 @@ class Job:
     spec: JobSpec
     #: Somebody wants it cancelled: it is not to be called for.
     unwanted: bool = False
+    #: It has stood in line already, or was put off.
+    waited: bool = False
+    #: Provider rows: who said no since it last parked, and who is never to get it again.
+    refused: tuple[UUID, ...] = ()
+    ruled_out: tuple[UUID, ...] = ()
+    #: The row of each call that its provider has failed.
+    tried: tuple[UUID, ...] = ()
 
 
 class Claims:
@@ -193,6 +205,10 @@ class Claims:
                     deadline_s=now + row.left_s,
                     spec=JobSpec.model_validate_json(row.request),
                     unwanted=row.unwanted,
+                    waited=row.waited,
+                    refused=tuple(row.refused),
+                    ruled_out=tuple(row.ruled_out),
+                    tried=tuple(row.tried or ()),
                 )
             )
         return [by_claim[claim_id] for claim_id, _ in requests]

@@ -54,10 +54,12 @@ class Coalescer(Generic[T, R]):
 
     async def __call__(self, item: T) -> R:
         """Return the item's own outcome, or raise its own error."""
-        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
-        self._schedule()
+        future = self._add(item)
         return await (asyncio.shield(future) if self._keeps else future)
+
+    def post(self, item: T) -> None:
+        """Have it done soon, without waiting; an error is logged."""
+        self._add(item).add_done_callback(_log_error)
 
     async def finish(self) -> None:
         """Wait until everything that was asked for has been answered."""
@@ -66,6 +68,12 @@ class Coalescer(Generic[T, R]):
                 await asyncio.wait(self._running)
             else:
                 await asyncio.sleep(self._spacing_s)
+
+    def _add(self, item: T) -> asyncio.Future[R]:
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        self._schedule()
+        return future
 
     def _schedule(self) -> None:
         if self._timer is not None or not self._free or not self._waiting:
@@ -116,6 +124,11 @@ class Coalescer(Generic[T, R]):
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+
+def _log_error(future: asyncio.Future[R]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.error("what nobody waited for was not done", exc_info=error)
 
 
 async def run_apart(statement: Statement[T, R], items: Sequence[T]) -> list[R | BaseException]:

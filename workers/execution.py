@@ -5,52 +5,41 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from typing import Any
 from uuid import UUID
 
 import psycopg
 import redis.asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue, Provider
+from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.database import CONNECTION_ERRORS, is_bad_data
 from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, InvalidJob, UnknownPrice
-from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Lane, State
-from sluicegate.shared.pricing import baseline_provider, price_card
-from sluicegate.shared.queues import parse_queue
-from sluicegate.shared.routing import answer_tokens, needs_of, route
-from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
-from sluicegate.workers import outcomes
-from sluicegate.workers.calls import Calls, CutOffError
+from sluicegate.workers import outcomes, reports
+from sluicegate.workers.calling import Caller
+from sluicegate.workers.calls import CutOffError
 from sluicegate.workers.claims import Claims, Job
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.failpoints import failpoint
+from sluicegate.workers.gates import UNASKED, Gates
 from sluicegate.workers.heartbeat import Heartbeat
-from sluicegate.workers.providers.access import adapter_for
-from sluicegate.workers.providers.base import (
-    Adapter,
-    Adapters,
-    Answer,
-    Call,
-    Deadlines,
-    ProviderError,
-)
+from sluicegate.workers.placement import HandOff, Held, Placement, Plan, after_failure
+from sluicegate.workers.providers.base import ProviderError
 from sluicegate.workers.replies import Channel, Replies
-from sluicegate.workers.retry import Expire, GiveUp, Park, Retry, RetryPolicy
-from sluicegate.workers.settlement import Settlement, Settler
+from sluicegate.workers.retry import Expire, GiveUp, Next, Retry, RetryPolicy
+from sluicegate.workers.settlement import Settled, Settlement, Settler
 from sluicegate.workers.slots import Slots
 from sluicegate.workers.statements import through_disconnects
 
 log = logging.getLogger(__name__)
 
-_LATENCY_WEIGHT = 0.2
-
 _DEFECT = outcomes.refusal("a defect of ours ended it; it is logged", ErrorClass.INTERNAL)
+_TOO_LATE = outcomes.refusal("its deadline passed before it was answered", ErrorClass.TIMEOUT)
 _CANCELLED = outcomes.refusal(CANCELLED, ErrorClass.CANCELLED)
 
 
@@ -60,18 +49,22 @@ class Again:
 
     message: JobMessage
     after_s: float
+    #: Whether it is another pool's from now on.
+    handed_off: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Where a job's next call goes, and what it may cost at most."""
+@dataclass(slots=True)
+class Holding:
+    """What belongs to one holding of a job, from its claim until it is let go."""
 
-    provider: Provider
-    #: The reading that the provider is from.
-    catalogue: Catalogue = field(repr=False)
-    max_tokens: int
-    reserved_nano_usd: int
-    baseline_reserved_nano_usd: int
+    channel: Channel
+    #: What those who said no have said, by row: why the job waited or failed.
+    said: dict[UUID, str] = field(default_factory=dict)
+
+    @property
+    def reasons(self) -> str:
+        """All that was said, for one sentence."""
+        return "; ".join(self.said.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +75,12 @@ class Parts:
     engine: AsyncEngine
     redis: redis.asyncio.Redis
     catalogue: AsyncCatalogueCache
-    adapters: Adapters
-    keyring: Keyring
     heartbeat: Heartbeat
     claims: Claims
+    placement: Placement
     dispatcher: Dispatcher
+    caller: Caller
+    gates: Gates
     settler: Settler
     replies: Replies
     slots: Slots
@@ -98,8 +92,6 @@ class Execution:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._first_token_ms: dict[UUID, float] = {}
-        self._calls = Calls()
         #: Jobs in hand that are to be cancelled and have no call under way.
         self._unwanted: set[UUID] = set()
         #: Set when the worker stops: a cancellation then means that the time is up.
@@ -132,7 +124,7 @@ class Execution:
         settled ends as it does. Repeating it does nothing.
         """
         for job_id in job_ids:
-            if not self._calls.cut_off(job_id) and job_id in self._parts.claims.held:
+            if not self._parts.caller.cut_off(job_id) and job_id in self._parts.claims.held:
                 self._unwanted.add(job_id)
 
     async def _run_slice(
@@ -162,7 +154,7 @@ class Execution:
         try:
             if job.unwanted:
                 return await self._end(job, outcomes.released(job))
-            return await self._attempt(job)
+            return await self._carry(job)
         except Exception:
             # The log says where; the caller is told that it was us.
             log.exception("job %s met a defect", job.id)
@@ -172,24 +164,55 @@ class Execution:
             self._unwanted.discard(job.id)
             self._parts.slots.release(1)
 
-    async def _attempt(self, job: Job) -> Again | None:
+    async def _carry(self, job: Job) -> Again | None:
+        """Take the job from candidate to candidate until one answers, or it has to wait."""
+        holding = Holding(self._parts.replies.channel(job.id, job.fence))
+        while True:
+            place = await self._place(job, holding)
+            if not isinstance(place, Plan):
+                return await self._end(job, place)
+            step = await self._attempt(job, place, holding)
+            if not isinstance(step, Job):
+                return step
+            job = step
+
+    async def _place(  # noqa: PLR0911 - each way in which it does not come to a call
+        self, job: Job, holding: Holding
+    ) -> Plan | Settlement:
+        """Find who takes the job now; or what ends this holding of it."""
         parts = self._parts
         await parts.heartbeat.wait_valid()
         if job.deadline_s <= asyncio.get_running_loop().time():
-            return await self._expire(job)
-
-        # Route. The catalogue may have changed since the job was submitted.
+            return outcomes.failed(job, State.EXPIRED, _TOO_LATE, why=holding.reasons)
+        if job.id in self._unwanted:
+            return outcomes.released(job)
         try:
-            plan = self._plan(job, await self._catalogue())
+            place = await parts.placement.find(
+                job,
+                self._catalogue,
+                said=holding.said,
+                first_token_ms=parts.caller.first_token_ms,
+            )
         except (InvalidJob, UnknownPrice) as problem:
-            error = outcomes.refusal(str(problem))
-            return await self._end(job, outcomes.failed(job, State.FAILED, error))
+            # The catalogue has changed since the job was submitted.
+            return outcomes.failed(job, State.FAILED, outcomes.refusal(str(problem)))
+        match place:
+            case HandOff(queue, refused):
+                return outcomes.handed_off(replace(job, refused=refused), queue)
+            case Held(None, why, error_class):
+                error = outcomes.refusal(f"nobody can take it: {why}", error_class)
+                return outcomes.failed(job, State.FAILED, error)
+            case Held(after_s, why):
+                return outcomes.parked(job, after_s or 0.0, why)
+            case plan:
+                return plan
 
-        # Admit: breaker, limits and the budget's copy in Redis have their place here.
-
+    async def _attempt(self, job: Job, plan: Plan, holding: Holding) -> Job | Again | None:
+        """Make one call; return the job if it is to be placed anew."""
+        parts = self._parts
         # Dispatch: from here on the call may cost money, whatever becomes of this process.
         attempt = Attempt(
-            attempt_id=new_id(),
+            attempt_id=plan.attempt_id,
             job_id=job.id,
             worker_id=job.worker_id,
             fence=job.fence,
@@ -201,13 +224,15 @@ class Execution:
             baseline_reserved_nano_usd=plan.baseline_reserved_nano_usd,
         )
         if not await parts.dispatcher.open(attempt):
+            parts.gates.report(reports.returned(job, plan))
             return None  # another's by now
         failpoint("dispatched")
         if not parts.heartbeat.valid:
             # The statement took so long that this worker may have been declared dead meanwhile.
+            parts.gates.report(reports.returned(job, plan))
             return await self._end(job, outcomes.released(job, attempt))
         try:
-            return await self._call(job, plan, attempt)
+            return await self._call(job, plan, attempt, holding)
         except asyncio.CancelledError:
             if self.stopping:
                 raise  # out of time: whoever resolves this worker's attempts books it as unknown
@@ -217,6 +242,30 @@ class Execution:
             log.exception("job %s met a defect during its call", job.id)
             await self._end_cut_off(job, State.FAILED, attempt, _DEFECT)
             return None
+
+    async def _call(
+        self, job: Job, plan: Plan, attempt: Attempt, holding: Holding
+    ) -> Job | Again | None:
+        parts, channel = self._parts, holding.channel
+        if job.lane is Lane.INTERACTIVE:
+            await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
+        if job.id in self._unwanted:
+            parts.gates.report(reports.returned(job, plan))
+            return await self._end(job, outcomes.released(job, attempt))
+        try:
+            answer = await parts.caller.call(job, plan, channel)
+        except CutOffError:
+            channel.discard()
+            await self._end_cut_off(job, State.CANCELLED, attempt, _CANCELLED)
+            return None
+        except ProviderError as error:
+            channel.discard()
+            return await self._failed(job, plan, attempt, error, holding)
+        failpoint("answered")
+        settlement = outcomes.succeeded(
+            job, attempt, plan.provider, answer, parts.settings.baseline_model
+        )
+        return await self._end(job, settlement, channel)
 
     async def _end_cut_off(
         self, job: Job, state: State, attempt: Attempt, error: ProviderError
@@ -234,105 +283,36 @@ class Execution:
                 lambda: parts.catalogue.get(parts.engine, parts.redis), give_up_after_s=None
             )
 
-    def _plan(self, job: Job, catalogue: Catalogue) -> Plan:
-        settings = self._parts.settings
-        needs = needs_of(job.spec)
-        candidates = route(
-            needs,
-            catalogue,
-            account_id=job.account_id,
-            mode=settings.catalogue,
-            now=datetime.now(UTC),
-            first_token_ms=self._first_token_ms,
-        )
-        # A worker calls the providers of its own pool; another pool's have a queue of their own.
-        pool = parse_queue(job.queue).pool
-        provider = next((row for row in candidates if row.provider == pool), None)
-        if provider is None:
-            raise InvalidJob("use_case", f"no active {pool} provider serves {job.use_case!r}")
-        max_tokens = answer_tokens(needs, catalogue.use_cases[job.use_case], provider)
-        baseline = price_card(baseline_provider(settings.baseline_model), settings.baseline_model)
-        return Plan(
-            provider=provider,
-            catalogue=catalogue,
-            max_tokens=max_tokens,
-            reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
-            baseline_reserved_nano_usd=baseline.reserve_nano_usd(needs.prompt_tokens, max_tokens),
-        )
-
-    async def _call(self, job: Job, plan: Plan, attempt: Attempt) -> Again | None:
-        parts = self._parts
-        channel = parts.replies.channel(job.id, job.fence)
-        if job.lane is Lane.INTERACTIVE:
-            await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
-        if job.id in self._unwanted:
-            return await self._end(job, outcomes.released(job, attempt))
-        sink = channel.delta if job.spec.stream else None
-        try:
-            adapter = self.adapter(plan.provider, job.account_id, plan.catalogue)
-            call = adapter.call(self._request(job, plan), sink)
-            answer = await self._calls.make(job.id, call)
-        except CutOffError:
-            channel.discard()
-            await self._end_cut_off(job, State.CANCELLED, attempt, _CANCELLED)
-            return None
-        except ProviderError as error:
-            channel.discard()
-            return await self._failed(job, plan, attempt, error)
-        failpoint("answered")
-        self._note_latency(plan.provider.id, answer)
-        settlement = outcomes.succeeded(
-            job, attempt, plan.provider, answer, parts.settings.baseline_model
-        )
-        return await self._end(job, settlement, channel)
-
-    def _request(self, job: Job, plan: Plan) -> Call:
-        settings = self._parts.settings
-        left_s = job.deadline_s - asyncio.get_running_loop().time()
-        total_s = max(0.001, min(settings.total_deadline_s, left_s))
-        return Call(
-            spec=job.spec,
-            model=plan.provider.model,
-            max_tokens=plan.max_tokens,
-            stream=job.spec.stream,
-            deadlines=Deadlines(
-                connect_s=min(settings.connect_deadline_s, total_s),
-                first_token_s=min(settings.first_token_deadline_s, total_s),
-                idle_s=min(settings.idle_deadline_s, total_s),
-                total_s=total_s,
-            ),
-        )
-
-    def adapter(self, provider: Provider, account_id: UUID | None, catalogue: Catalogue) -> Adapter:
-        """Do as `adapter_for`, with what this process has."""
-        parts = self._parts
-        return adapter_for(
-            provider,
-            account_id,
-            adapters=parts.adapters,
-            settings=parts.settings,
-            keyring=parts.keyring,
-            catalogue=catalogue,
-        )
-
     async def _failed(
-        self, job: Job, plan: Plan, attempt: Attempt, error: ProviderError
-    ) -> Again | None:
-        ended = outcomes.ended_attempt(
-            attempt, plan.provider, error, self._parts.settings.baseline_model
-        )
+        self, job: Job, plan: Plan, attempt: Attempt, error: ProviderError, holding: Holding
+    ) -> Job | Again | None:
+        settings = self._parts.settings
+        ended = outcomes.ended_attempt(attempt, plan.provider, error, settings.baseline_model)
+        holding.said[plan.provider.id] = str(error).rstrip(".")
+        taught = after_failure(job, plan, error.error_class, ended.get("amount_nano_usd", 0))
+        # What this one never takes, those may that rest or have failed just now.
+        asked = plan.left if error.error_class.transient else (*plan.left, *plan.later)
+        others = any(row.id not in taught.ruled_out for row in asked)
         decision = self._parts.retry.decide(
             error.error_class,
-            attempts_used=attempt.number,
+            tries_here=taught.tried.count(plan.provider.id),
+            others=others,
+            attempts_used=taught.attempts_used,
             max_attempts=job.max_attempts,
             retry_after_s=error.retry_after_s,
             left_s=job.deadline_s - asyncio.get_running_loop().time(),
+            gated=plan.verdict is not UNASKED,
+            patient=job.lane is Lane.BULK,
         )
         match decision:
+            case Next():
+                settlement = outcomes.kept(taught, ended)
+                return taught if await self._goes_on(taught, settlement) else None
             case Retry(after_s):
-                settlement = outcomes.again(job, State.QUEUED, after_s, ended)
-            case Park(after_s):
-                settlement = outcomes.again(job, State.PARKED, after_s, ended)
+                parks = after_s > settings.retry_park_above_s
+                # With nobody else to ask a new round begins.
+                round_ = replace(job, refused=job.refused if others else ())
+                settlement = outcomes.again(round_, after_s, ended, str(error) if parks else None)
             case GiveUp(why):
                 settlement = outcomes.failed(
                     job, State.FAILED, error, attempt=attempt, ended=ended, why=why
@@ -343,9 +323,12 @@ class Execution:
                 )
         return await self._end(job, settlement)
 
-    async def _expire(self, job: Job) -> Again | None:
-        error = outcomes.refusal("its deadline passed before it was answered", ErrorClass.TIMEOUT)
-        return await self._end(job, outcomes.failed(job, State.EXPIRED, error))
+    async def _goes_on(self, job: Job, settlement: Settlement) -> bool:
+        """Book an attempt of a job that stays here; False if it is no longer this worker's."""
+        settled = await self._parts.settler.settle(settlement)
+        if settled.moved and settled.body is not None:
+            await self._tell(job, settled.body, settled)
+        return settled.moved and settled.body is None
 
     async def _end(
         self, job: Job, settlement: Settlement, channel: Channel | None = None
@@ -375,23 +358,21 @@ class Execution:
             return None
         body = settled.body or settlement.get("body")
         if body is not None:
-            channel = channel or parts.replies.channel(job.id, job.fence)
-            await parts.replies.end(channel, outcomes.terminal_payload(job, body, settled))
+            await self._tell(job, body, settled, channel)
             return None
         if settlement["job_state"] != State.QUEUED or settled.published_at is None:
             return None
         message = JobMessage(
-            queue=job.queue,
+            queue=settled.queue,
             job_ids=(job.id,),
             published_at=settled.published_at,
             fence=job.fence,
         )
-        return Again(message, settlement["after_s"])
+        return Again(message, settlement["after_s"], settled.queue != job.queue)
 
-    def _note_latency(self, provider_id: UUID, answer: Answer) -> None:
-        if answer.first_token_ms is None:
-            return
-        known = self._first_token_ms.get(provider_id, answer.first_token_ms)
-        self._first_token_ms[provider_id] = known + _LATENCY_WEIGHT * (
-            answer.first_token_ms - known
-        )
+    async def _tell(
+        self, job: Job, body: dict[str, Any], settled: Settled, channel: Channel | None = None
+    ) -> None:
+        replies = self._parts.replies
+        channel = channel or replies.channel(job.id, job.fence)
+        await replies.end(channel, outcomes.terminal_payload(job, body, settled))

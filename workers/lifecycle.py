@@ -25,11 +25,16 @@ from sluicegate.shared.queues import parse_queue, pool_queues
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
+from sluicegate.workers.calling import Caller
 from sluicegate.workers.claims import Claims
 from sluicegate.workers.dispatch import Dispatcher
+from sluicegate.workers.estimates import TokenEstimates
 from sluicegate.workers.execution import Again, Execution, Parts
+from sluicegate.workers.gates import Gates
 from sluicegate.workers.heartbeat import Heartbeat, Load
 from sluicegate.workers.journal import Journal
+from sluicegate.workers.placement import Placement
+from sluicegate.workers.presence import Presence
 from sluicegate.workers.providers.base import Adapters, ProviderError
 from sluicegate.workers.publishing import Publisher
 from sluicegate.workers.replies import Replies
@@ -142,6 +147,8 @@ class Worker:
             spacing_s=settings.spacing_s,
             give_up_after_s=settings.grace_s,
         )
+        self._gates = Gates(client=self._redis, settings=settings)
+        estimates = TokenEstimates()
         journal = Journal(client=self._redis, prefix=settings.redis_prefix)
         self._replies = Replies(settings, self._redis)
         catalogue = AsyncCatalogueCache(
@@ -155,28 +162,40 @@ class Worker:
             journal=journal.append,
             forget=journal.forget,
         )
+        self._caller = Caller(
+            settings=settings,
+            adapters=self._adapters,
+            keyring=self._keyring,
+            gates=self._gates,
+            estimates=estimates,
+        )
         self.execution = Execution(
             Parts(
                 settings=settings,
                 engine=self._engine,
                 redis=self._redis,
                 catalogue=catalogue,
-                adapters=self._adapters,
-                keyring=self._keyring,
                 heartbeat=self._heartbeat,
                 claims=self._claims,
+                placement=Placement(
+                    settings=settings,
+                    gates=self._gates,
+                    presence=Presence(db=self._db, dead_after_s=settings.dead_after_s),
+                    estimates=estimates,
+                ),
                 dispatcher=Dispatcher(
                     db=self._db,
                     max_items=settings.coalesce_max,
                     spacing_s=settings.spacing_s,
                 ),
+                caller=self._caller,
+                gates=self._gates,
                 settler=self._settler,
                 replies=self._replies,
                 slots=self._slots,
                 retry=RetryPolicy(
                     base_s=settings.retry_base_s,
                     max_s=settings.retry_max_s,
-                    park_above_s=settings.retry_park_above_s,
                 ),
             )
         )
@@ -188,6 +207,7 @@ class Worker:
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         await self._heartbeat.start()
+        self._gates.start()
         self._started = True
         loop = asyncio.get_running_loop()
         self._chores.append(loop.create_task(self._release_lost()))
@@ -203,7 +223,7 @@ class Worker:
                 continue
             try:
                 _ = provider.card
-                self.execution.adapter(provider, provider.account_id, catalogue)
+                self._caller.adapter(provider, provider.account_id, catalogue)
             except (UnknownPrice, ProviderError) as problem:
                 log.warning("jobs for %s will fail: %s", provider.name, problem)
 
@@ -270,6 +290,7 @@ class Worker:
                 "Postgres is away (%s): the sweep will resolve what is left here",
                 type(error).__name__,
             )
+        await self._gates.stop()
         await self._replies.close()
         await self._adapters.close()
         with suppress(redis.RedisError, OSError):

@@ -96,9 +96,36 @@ def failed(
     return _move(job, state) | (ended or {}) | {"body": body}
 
 
-def again(job: Job, state: State, after_s: float, ended: Settlement) -> Settlement:
-    """Queue or park the job for another attempt."""
-    return _move(job, state) | ended | {"after_s": after_s}
+def again(job: Job, after_s: float, ended: Settlement, held_back: str | None) -> Settlement:
+    """Have the job called for again later; `held_back` is why it waits in Postgres until then."""
+    state = State.QUEUED if held_back is None else State.PARKED
+    waits = {"after_s": after_s, "refused": job.refused, "held_back": held_back}
+    return _move(job, state) | ended | waits
+
+
+def kept(job: Job, ended: Settlement) -> Settlement:
+    """Book an attempt of a job that goes on here, with what it has learned of its candidates."""
+    said = {"refused": job.refused, "ruled_out": job.ruled_out}
+    return _move(job, State.RUNNING) | ended | said
+
+
+def handed_off(job: Job, queue: str) -> Settlement:
+    """Pass the job to another pool's queue."""
+    return _move(job, State.QUEUED) | {
+        "after_s": 0.0,
+        "queue": queue,
+        "refused": job.refused,
+        "ruled_out": job.ruled_out,
+    }
+
+
+def parked(job: Job, after_s: float, why: str) -> Settlement:
+    """Have the job wait in Postgres until one of its candidates may take it; then all may."""
+    return _move(job, State.PARKED) | {
+        "after_s": after_s,
+        "held_back": why,
+        "ruled_out": job.ruled_out,
+    }
 
 
 def released(job: Job, attempt: Attempt | None = None) -> Settlement:

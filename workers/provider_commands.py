@@ -15,14 +15,7 @@ import typer
 from sluicegate.shared.connecting import catalogue_change, connection
 from sluicegate.shared.errors import NothingToChange, SettingsError, SluiceError, UnknownPrice
 from sluicegate.shared.settings import get_settings
-from sluicegate.shared.terminal import (
-    AsJson,
-    money,
-    note,
-    print_json,
-    print_table,
-    split,
-)
+from sluicegate.shared.terminal import AsJson, money, note, print_json, print_table, split
 from sluicegate.workers.provider_display import (
     as_json_object,
     entries,
@@ -60,6 +53,7 @@ _CLEARABLE = {
     "retires-at": "retires_at",
     "successor": "successor",
     "requests-per-minute": "requests_per_minute",
+    "tokens-per-minute": "tokens_per_minute",
     "input-tokens-per-minute": "input_tokens_per_minute",
     "output-tokens-per-minute": "output_tokens_per_minute",
     "max-concurrent": "max_concurrent",
@@ -106,6 +100,7 @@ OutputPrice = Annotated[float | None, typer.Option(help="$ per million tokens ou
 CacheReadPrice = Annotated[float | None, typer.Option(help="$ per million tokens from the cache.")]
 CacheWritePrice = Annotated[float | None, typer.Option(help="$ per million tokens to the cache.")]
 RequestsPerMinute = Annotated[int | None, typer.Option(help="The provider's limit.")]
+TokensPerMinute = Annotated[int | None, typer.Option(help="The provider's limit of both together.")]
 InputTokensPerMinute = Annotated[int | None, typer.Option(help="The provider's limit.")]
 OutputTokensPerMinute = Annotated[int | None, typer.Option(help="The provider's limit.")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="The provider's limit of calls at once.")]
@@ -186,6 +181,7 @@ def add(
     cache_read_price: CacheReadPrice = None,
     cache_write_price: CacheWritePrice = None,
     requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
     input_tokens_per_minute: InputTokensPerMinute = None,
     output_tokens_per_minute: OutputTokensPerMinute = None,
     max_concurrent: MaxConcurrent = None,
@@ -231,6 +227,7 @@ def set_some(
     cache_read_price: CacheReadPrice = None,
     cache_write_price: CacheWritePrice = None,
     requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
     input_tokens_per_minute: InputTokensPerMinute = None,
     output_tokens_per_minute: OutputTokensPerMinute = None,
     max_concurrent: MaxConcurrent = None,

@@ -68,6 +68,7 @@ def try_provider(
                     deadlines=Deadlines(
                         connect_s=settings.connect_deadline_s,
                         first_token_s=settings.first_token_deadline_s,
+                        response_s=settings.response_deadline_s,
                         idle_s=settings.idle_deadline_s,
                         total_s=settings.total_deadline_s,
                     ),

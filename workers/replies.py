@@ -90,14 +90,17 @@ class Replies:
 
     async def begin(self, channel: Channel, *, model: str, attempt: int) -> None:
         """Say that an attempt has begun; from the second on, that what came before is void."""
-        channel.n += 1
         kind = "started" if attempt == 1 else "reset"
         payload = orjson.dumps({"type": kind, "model": model, "attempt": attempt})
-        sent = self._send(channel.key, event_id(channel.fence, channel.n), payload)
         try:
             # Not `wait_for`: before Python 3.12 it may swallow a cancellation.
             async with asyncio.timeout(_BEGIN_TIMEOUT_S):
-                await sent
+                if channel.streamed:
+                    # Deltas of the attempt before may be under way; this must not overtake them.
+                    async with self._sending:
+                        pass
+                channel.n += 1
+                await self._send(channel.key, event_id(channel.fence, channel.n), payload)
         except TimeoutError:
             # The call must not wait for Redis. Without its beginning the rest is of no use.
             channel.lost = True

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 # Locks go jobs, attempts, each by key. An attempt leaves `dispatching` once: whatever comes later
 # finds nothing to move and books nothing. One that was booked as `unknown` takes the actual cost
 # as a correction, and its job is then no longer this worker's (the fence differs), so result and
-# state stay what they are. A job that is to be cancelled is not queued or parked again: it ends.
+# state stay what they are. A job that goes to its next candidate in the same worker stays
+# `running`. One that is to be cancelled is not called for again in any way: it ends.
 _SETTLE = f"""
 WITH wanted AS (
     SELECT * FROM json_to_recordset(%(items)s::json) AS t(
@@ -29,7 +30,8 @@ WITH wanted AS (
         kind text, amount_nano_usd bigint, baseline_nano_usd bigint,
         input_tokens bigint, cache_read_tokens bigint, cache_write_5m_tokens bigint,
         cache_write_1h_tokens bigint, output_tokens bigint, reasoning_tokens bigint,
-        raw_usage json, price_version text)
+        raw_usage json, price_version text,
+        queue text, refused uuid[], ruled_out uuid[], held_back text)
 ), job AS (
     SELECT wanted.n, j.id, j.fence, j.state, j.cancel_requested_at IS NOT NULL AS unwanted
     FROM wanted JOIN jobs j ON j.id = wanted.job_id
@@ -76,25 +78,34 @@ WITH wanted AS (
     SELECT w.n, job.id,
            job.fence = w.fence AND job.state = 'running'
                AND (w.attempt_id IS NULL OR ended.id IS NOT NULL) AS holds,
-           CASE WHEN job.unwanted AND w.job_state IN ('queued', 'parked')
+           CASE WHEN job.unwanted AND w.job_state IN ('queued', 'parked', 'running')
                 THEN 'cancelled' ELSE w.job_state END AS job_state,
            coalesce(entry.amount_nano_usd, 0) AS amount,
-           ended.id IS NOT NULL AND w.attempt_state <> 'void' AS paid
+           ended.id IS NOT NULL AND w.attempt_state <> 'void'
+               AND w.error_class IS DISTINCT FROM 'rate_limited' AS counts
     FROM wanted w JOIN job USING (n)
     LEFT JOIN ended USING (n)
     LEFT JOIN entry ON entry.attempt_id = w.attempt_id
 ), moved AS (
     UPDATE jobs j
     SET cost_nano_usd = j.cost_nano_usd + plan.amount,
-        attempts_used = j.attempts_used + (plan.holds AND plan.paid)::int,
+        attempts_used = j.attempts_used + (plan.holds AND plan.counts)::int,
         state = CASE WHEN plan.holds THEN plan.job_state ELSE j.state END,
-        worker_id = CASE WHEN plan.holds THEN NULL ELSE j.worker_id END,
-        claim_id = CASE WHEN plan.holds THEN NULL ELSE j.claim_id END,
+        worker_id = CASE WHEN plan.holds AND plan.job_state <> 'running'
+                         THEN NULL ELSE j.worker_id END,
+        claim_id = CASE WHEN plan.holds AND plan.job_state <> 'running'
+                        THEN NULL ELSE j.claim_id END,
+        queue = CASE WHEN plan.holds THEN coalesce(w.queue, j.queue) ELSE j.queue END,
+        refused = CASE WHEN plan.holds THEN coalesce(w.refused, '{{}}') ELSE j.refused END,
+        ruled_out = CASE WHEN plan.holds THEN coalesce(w.ruled_out, j.ruled_out)
+                         ELSE j.ruled_out END,
+        held_back = CASE WHEN plan.holds THEN w.held_back ELSE j.held_back END,
         run_at = CASE WHEN plan.holds AND w.after_s IS NOT NULL
                       THEN now() + w.after_s * interval '1 second' ELSE j.run_at END,
         published_at = CASE WHEN plan.holds AND plan.job_state = 'queued'
                             THEN now() ELSE j.published_at END,
-        finished_at = CASE WHEN plan.holds AND plan.job_state NOT IN ('queued', 'parked')
+        finished_at = CASE WHEN plan.holds
+                                AND plan.job_state NOT IN ('queued', 'parked', 'running')
                            THEN now() ELSE j.finished_at END
     FROM plan JOIN wanted w USING (n)
     WHERE j.id = plan.id AND (plan.holds OR plan.amount <> 0)
@@ -104,11 +115,12 @@ WITH wanted AS (
     INSERT INTO results (job_id, attempt_id, fence, body)
     SELECT w.job_id, w.attempt_id, w.fence, coalesce(w.body, {CANCELLED_BODY})
     FROM wanted w JOIN moved j USING (n)
-    WHERE j.holds AND j.state NOT IN ('queued', 'parked')
+    WHERE j.holds AND j.state NOT IN ('queued', 'parked', 'running')
 )
 SELECT w.n, coalesce(j.holds, false) AS moved, j.published_at,
        coalesce(j.finished_at, was.finished_at) AS finished_at,
-       coalesce(was.queue, '') AS queue, was.state AS state_before, was.fence AS fence_before,
+       coalesce(w.queue, was.queue, '') AS queue,
+       was.state AS state_before, was.fence AS fence_before,
        CASE WHEN j.holds AND j.state = 'cancelled' AND w.body IS NULL
             THEN {CANCELLED_BODY} END AS body
 FROM wanted w
@@ -125,6 +137,7 @@ class Settled:
     """
 
     moved: bool
+    #: Where the job is to be published if it is queued.
     queue: str = ""
     finished_at: datetime | None = None
     published_at: datetime | None = None

@@ -54,7 +54,7 @@ class RunJobs(AsyncTask):
             log.error("a message that is not ours was dropped: its arguments are not job ids")
             return "dropped"
         again = await_(self._run(ids, published_at))
-        if len(ids) == 1 and again:
+        if len(ids) == 1 and again and not again[0].handed_off:
             # Celery's own retry, so that Flower shows it; the count of attempts is the row's.
             message = again[0].message
             options = {"argsrepr": message.describe(), "kwargsrepr": "{}"}

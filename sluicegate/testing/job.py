@@ -208,6 +208,7 @@ class FakeJob:
             created_at=self.created_at,
             run_at=self.run_at,
             deadline_at=self.deadline_at,
+            held_back=None,
             finished_at=self.result and self.result.finished_at,
             idempotency_key=self.idempotency_key,
             request_id=self.draft.request_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 from celery import Celery
 
@@ -106,6 +107,7 @@ class Fleet(Case):
 
     #: Jobs a bulk message carries; None is the interactive lane, one job a message.
     chunk_size: int | None = None
+    app: ClassVar[str] = "sluicegate.workers.app"
 
     @property
     def lane(self) -> Lane:
@@ -115,7 +117,7 @@ class Fleet(Case):
     def command(self, jobs: int | None) -> Sequence[str]:
         """Run the worker."""
         queue = queue_name(USE_CASE, "openai", self.lane)
-        return ["-m", "celery", "-A", "sluicegate.workers.app", "worker", *_QUIET, "-Q", queue]
+        return ["-m", "celery", "-A", self.app, "worker", *_QUIET, "-Q", queue]
 
     def environment(self, stage: Stage) -> Mapping[str, str]:
         """Set what the case varies and leave everything else at its default."""
@@ -157,6 +159,12 @@ class Fleet(Case):
         return int(found)
 
 
+class Ungated(Fleet):
+    """The same worker without gates: what is missing is what they cost."""
+
+    app: ClassVar[str] = "tests.benchmarks.ungated"
+
+
 class Streams(Fleet):
     """Streamed jobs; a client submits one as another ends, and reads the deltas of all."""
 
@@ -179,6 +187,9 @@ class Streams(Fleet):
 
 _SWEEP = ("-m", "sluicegate.cli", "sweep")
 _QUIET = ("--loglevel", "WARNING")
+
+#: Two that differ by the gates alone.
+GATED, UNGATED = "fleet_chunk_25", "fleet_chunk_25_ungated"
 
 CASES: tuple[Case, ...] = (
     Script(
@@ -216,10 +227,17 @@ CASES: tuple[Case, ...] = (
         at_most_per_s=600,
     ),
     Fleet(
-        name="fleet_chunk_25",
+        name=GATED,
         what="Sluicegate, 25 jobs a message",
         in_flight=500,
         at_most_per_s=1_100,
+        chunk_size=25,
+    ),
+    Ungated(
+        name=UNGATED,
+        what="the same without gates: what is missing they cost",
+        in_flight=500,
+        at_most_per_s=1_200,
         chunk_size=25,
     ),
     Fleet(

@@ -14,8 +14,9 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,12 +26,15 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sluicegate.shared.errors import SluiceError
-from tests.benchmarks.cases import CASES, Case
+from tests.benchmarks.cases import CASES, GATED, UNGATED, Case
+from tests.benchmarks.gate_cases import GATE_CASES, Figures, GateCase
 from tests.benchmarks.measuring import BenchError, Cores, Measured, Summary, summarise
 from tests.benchmarks.rounds import measure
 from tests.benchmarks.stage import Stage
 
 REFERENCE = "plain_asyncio"
+#: What the gates add to the whole path.
+ADDED = "gates_added"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,13 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     width = None if sys.stderr.isatty() else 160
     console = Console(stderr=True, quiet=options.json_only, width=width)
     cases = [case for case in CASES if not options.case or case.name in options.case]
+    gate_cases = [case for case in GATE_CASES if not options.case or case.name in options.case]
     if options.tiny:
         cases = [replace(case, in_flight=case.in_flight // 10, warm_up_s=0.2) for case in cases]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
             Path(folder).chmod(0o711)  # the servers' own user walks through it
-            found = run(Path(folder), cases, options.rounds, options.seconds, console)
+            plan = Plan(cases, gate_cases, options.rounds, options.seconds, tiny=options.tiny)
+            found, figures = run(Path(folder), plan, console)
     except (BenchError, SluiceError) as problem:
         sys.stderr.write(f"bench: {problem}\n")
         return 1
@@ -53,15 +59,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summaries = [summarise(name, rounds, reference) for name, rounds in found.items()]
     for summary in summaries:
         sys.stdout.write(f"{json.dumps(as_line(summary))}\n")
-    console.print(table(summaries, options.rounds, options.seconds))
+    if summaries:
+        console.print(table(summaries, options.rounds, options.seconds))
+    if GATED in found and UNGATED in found:
+        added = [
+            gated.cpu_ms_per_job - ungated.cpu_ms_per_job
+            for gated, ungated in zip(found[GATED], found[UNGATED], strict=True)
+        ]
+        figures[ADDED] = [{"cpu_ms_per_job": one} for one in added]
+    for name, rounds in figures.items():
+        line = {"case": name} | {key: round(value, 4) for key, value in medians(rounds).items()}
+        sys.stdout.write(f"{json.dumps(line)}\n")
+    if figures:
+        console.print(figure_table(figures))
     return 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and for how long."""
+
+    cases: Sequence[Case]
+    gate_cases: Sequence[GateCase]
+    rounds: int
+    seconds: float
+    tiny: bool
+
+
 def run(
-    folder: Path, cases: Sequence[Case], rounds: int, seconds: float, console: Console
-) -> dict[str, list[Measured]]:
-    """Measure every case in every round; return the rounds by case."""
+    folder: Path, plan: Plan, console: Console
+) -> tuple[dict[str, list[Measured]], dict[str, list[Figures]]]:
+    """Measure every case in every round; return the rounds by case, and those of the gates."""
     found: dict[str, list[Measured]] = defaultdict(list)
+    figures: dict[str, list[Figures]] = defaultdict(list)
     cores = Cores.choose()
     if cores.measured == cores.others:
         console.print("There is one core only: the servers share it, so the rates are too low.")
@@ -74,11 +104,11 @@ def run(
         disable=not console.is_terminal,
     )
     with progress, Stage(folder, cores) as stage:
-        task = progress.add_task("", total=rounds * len(cases))
-        for number in range(1, rounds + 1):
-            for case in cases:
+        task = progress.add_task("", total=plan.rounds * len(plan.cases))
+        for number in range(1, plan.rounds + 1):
+            for case in plan.cases:
                 progress.update(task, description=f"{case.name:<24}")
-                measured = measure(stage, case, seconds)
+                measured = measure(stage, case, plan.seconds)
                 found[case.name].append(measured)
                 progress.advance(task)
                 console.print(
@@ -88,7 +118,41 @@ def run(
                     highlight=False,
                     soft_wrap=True,
                 )
-    return found
+            for gate_case in plan.gate_cases:
+                if number > (gate_case.rounds or plan.rounds):
+                    continue
+                progress.update(task, description=f"{gate_case.name:<24}")
+                one = gate_case.measure(stage, plan.seconds, tiny=plan.tiny)
+                figures[gate_case.name].append(one)
+                console.print(
+                    f"round {number}  {gate_case.name:<24} {shown(one)}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+    return found, figures
+
+
+def medians(rounds: Sequence[Figures]) -> Figures:
+    """Take the median of each figure."""
+    return {name: median(one[name] for one in rounds) for name in rounds[0]}
+
+
+def shown(figures: Figures) -> str:
+    """Return figures for one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def figure_table(figures: dict[str, list[Figures]]) -> Table:
+    """Make the table of the gates for people."""
+    what = {case.name: case.what for case in GATE_CASES}
+    what[ADDED] = f"{GATED} less {UNGATED}, round by round"
+    table = Table(title="The gates: medians")
+    table.add_column("case", no_wrap=True)
+    table.add_column("what")
+    table.add_column("figures")
+    for name, rounds in figures.items():
+        table.add_row(name, what[name], "\n".join(shown(medians(rounds)).split("  ")))
+    return table
 
 
 def as_line(summary: Summary) -> dict[str, object]:
@@ -134,7 +198,7 @@ def table(summaries: Sequence[Summary], rounds: int, seconds: float) -> Table:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="Measures speed, as ratios.")
-    names = [case.name for case in CASES]
+    names = [*(case.name for case in CASES), *(case.name for case in GATE_CASES)]
     parser.add_argument(
         "--case", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}"
     )

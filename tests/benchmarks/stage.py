@@ -33,6 +33,9 @@ _POLL_S = 0.05
 _SETTLE_S = 60.0
 
 _ROWS = "jobs, job_bodies, attempts, cost_entries, results, workers"
+_UNLIMITED = """
+UPDATE llm_providers SET requests_per_minute = NULL, tokens_per_minute = NULL, max_concurrent = NULL
+"""
 
 
 class Stage:
@@ -151,11 +154,33 @@ class Stage:
             lambda: self.sandbox.bill()["in_flight"] == 0, _SETTLE_S, "the provider is not idle"
         )
         self.sandbox.reset()
+        self.sandbox.clear_limits()
         self.sandbox.settings(latency_ms=latency_ms)
         self._redis.flushall()
         with self._engine.connect() as connection:
             # A killed worker's last statement may still run.
             connection.execute(text(f"TRUNCATE {_ROWS} CASCADE"))
+            connection.execute(text(_UNLIMITED))
+
+    def limit(self, model: str, *, enforce: bool = True, **limits: int) -> None:
+        """Tell the fleet what a model's provider takes, and have it mean that if `enforce`."""
+        if enforce:
+            self.sandbox.limit(model, **limits)
+        values = ", ".join(f"{name} = :{name}" for name in limits)
+        with self._engine.connect() as connection:
+            connection.execute(
+                text(f"UPDATE llm_providers SET {values} WHERE model = :model"),
+                {"model": model} | limits,
+            )
+
+    def redis_cpu_s(self) -> float:
+        """Return what the Redis server has spent so far, user and system time."""
+        spent: Any = self._redis.info("cpu")
+        return float(spent["used_cpu_user"] + spent["used_cpu_sys"])
+
+    def said(self, name: str) -> str:
+        """Return all that a process has said."""
+        return (self._folder / f"{name}.log").read_text(errors="replace")
 
     def settle_tables(self) -> None:
         """Have Postgres know what was inserted, and write it out, before anything is measured."""

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import build_spec
 from sluicegate.shared.messages import ResponseFormat, Tool, ToolCallPart, Usage
 from sluicegate.shared.secrets import Secret
+from sluicegate.workers.local.sandbox_calls import DECLINES
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.providers.base import (
     Adapter,
@@ -31,7 +33,7 @@ from tests.polling import eventually_async
 from tests.sandbox_clients import ANTHROPIC_MODEL, OPENAI_MODEL, cleaned, serving
 
 E = ErrorClass
-PATIENT = Deadlines(connect_s=5, first_token_s=10, idle_s=10, total_s=20)
+PATIENT = Deadlines(connect_s=5, first_token_s=10, response_s=20, idle_s=10, total_s=20)
 MODELS: dict[ProviderKind, str] = {"openai": OPENAI_MODEL, "anthropic": ANTHROPIC_MODEL}
 KINDS: tuple[ProviderKind, ...] = ("openai", "anthropic")
 
@@ -248,6 +250,7 @@ async def test_usage_that_was_not_sent_is_not_zero(
         ("http_429", E.RATE_LIMITED, 429),
         ("quota_429", E.QUOTA, 429),
         ("context_too_long", E.CONTEXT_TOO_LONG, 400),
+        ("content_policy", E.CONTENT_FILTER, 400),
         ("http_500", E.SERVER, 500),
         ("http_503", E.OVERLOADED, 503),
         ("http_529", E.OVERLOADED, 529),
@@ -268,6 +271,7 @@ async def test_a_refusal_is_asked_for_once(
     assert error.request_id == logged["request_id"]
     assert error.sent
     assert error.partial.usage is None
+    assert error.headroom is not None
     if status == 429:
         assert error.retry_after_s == 7
 
@@ -320,6 +324,25 @@ async def test_an_error_event(adapters: Adapters, sandbox: SandboxControl) -> No
         assert error.partial.text
 
 
+@pytest.mark.parametrize("fault", ["content_filter", "refusal", "content_policy"])
+async def test_a_filter_gives_the_providers_reason(
+    adapter: Adapter, sandbox: SandboxControl, kind: ProviderKind, stream: bool, fault: str
+) -> None:
+    sandbox.add_fault(fault)
+    error = await failure(adapter, make_call(kind, stream=stream))
+    assert error.error_class is E.CONTENT_FILTER
+    reasons = {
+        ("content_policy", "openai"): "rejected as a result of our safety system",
+        ("content_policy", "anthropic"): "Output blocked by content filtering policy",
+        ("refusal", "openai"): DECLINES.rstrip("."),
+        ("content_filter", "openai"): "filtered the answer",  # it gives none
+    }
+    assert reasons.get((fault, kind), "The answer was withheld") in error.message
+    # What it had thought up is paid.
+    assert (error.partial.usage is None) is (fault == "content_policy")
+    assert error.partial.exact is (fault != "content_policy")
+
+
 async def test_an_end_without_its_marker(
     adapters: Adapters, sandbox: SandboxControl, stream: bool
 ) -> None:
@@ -335,6 +358,100 @@ async def test_an_end_without_its_marker(
     assert error.error_class is E.TRUNCATED
 
 
+@pytest.mark.parametrize("then", ["end", "hold", "close"])
+@pytest.mark.parametrize("usage", [True, False], ids=["usage", "no usage"])
+async def test_a_stream_without_its_marker_ends_promptly(
+    adapter: Adapter, sandbox: SandboxControl, kind: ProviderKind, then: str, usage: bool
+) -> None:
+    sandbox.add_fault("missing_terminal", then=then, usage=usage)
+    # So long that a call which waited for one of them would be seen.
+    limits = Deadlines(connect_s=5, first_token_s=60, response_s=60, idle_s=60, total_s=60)
+    call = make_call(kind, stream=True, deadlines=limits)
+    sink = Sink()
+    started = time.monotonic()
+    if kind == "openai" and usage:
+        answer = await adapter.call(call, sink)
+        assert (answer.finish_reason, answer.usage) == ("stop", Usage(input=3, output=20))
+        assert sink.text == answer.text
+    else:
+        with pytest.raises(ProviderError, match="ended without its end marker") as caught:
+            await adapter.call(call, sink)
+        assert (caught.value.error_class, caught.value.sent) == (E.TRUNCATED, True)
+        assert caught.value.partial.text == sink.text != ""
+        assert (caught.value.partial.usage is not None) is usage
+    assert time.monotonic() - started < 20
+    assert adapter.in_flight == 0
+    await given_up(sandbox)
+
+
+async def test_the_end_is_not_waited_for_beyond_the_total_deadline(
+    adapter: Adapter, sandbox: SandboxControl, kind: ProviderKind
+) -> None:
+    sandbox.add_fault("missing_terminal", then="hold", usage=False)
+    limits = Deadlines(connect_s=1, first_token_s=1, response_s=1, idle_s=1, total_s=1)
+    error = await failure(adapter, make_call(kind, stream=True, deadlines=limits))
+    assert error.error_class is E.TRUNCATED
+
+
+# Limits
+
+
+async def test_what_is_left_of_the_limits(
+    adapter: Adapter, sandbox: SandboxControl, kind: ProviderKind, stream: bool
+) -> None:
+    sandbox.clear_limits()
+    sandbox.limit(requests_per_minute=2, tokens_per_minute=1_000)
+    try:
+        answer = await adapter.call(make_call(kind, "INPUT: 100\nTOKENS: 50", stream=stream))
+        sandbox.add_fault("cut_stream", times=1)
+        broken = await failure(adapter, make_call(kind, "INPUT: 100\nTOKENS: 50", stream=stream))
+        limited = await failure(adapter, make_call(kind, stream=stream))
+    finally:
+        sandbox.clear_limits()
+    abundant = {"input_tokens": 9_999_000, "output_tokens": 1_999_000}
+    others = abundant if kind == "anthropic" else {}
+    assert answer.headroom == Headroom(requests=1, tokens=850, **others)
+    assert broken.error_class is E.STREAM_BROKEN
+    assert broken.headroom is not None
+    assert (broken.headroom.requests, broken.headroom.tokens) == (0, 700)
+    assert limited.error_class is E.RATE_LIMITED
+    assert limited.headroom is not None
+    assert (limited.headroom.requests, limited.headroom.tokens) == (0, 700)
+    assert 50 < (limited.headroom.reset_s or 0) <= 62
+    assert 50 < (limited.retry_after_s or 0) <= 60
+
+
+async def test_a_429_that_tells_no_wait_waits_for_the_reset(
+    adapters: Adapters, kind: ProviderKind, stream: bool
+) -> None:
+    lines = {
+        "openai": ("x-ratelimit-remaining-tokens: 0", "x-ratelimit-reset-tokens: 1m3.5s"),
+        "anthropic": (
+            "anthropic-ratelimit-input-tokens-remaining: 0",
+            "anthropic-ratelimit-input-tokens-reset: 2026-11-22T12:01:03.5Z",
+            "date: Sun, 22 Nov 2026 12:00:00 GMT",
+        ),
+    }
+
+    async def handler(_head: bytes, _body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(b"{}", "application/json", *lines[kind], status=429))
+
+    async with odd_server(handler) as (url, _):
+        error = await failure(adapters.get(kind, url, None), make_call(kind, stream=stream))
+    assert (error.error_class, error.retry_after_s) == (E.RATE_LIMITED, 63.5)
+
+
+async def test_a_server_that_tells_nothing_of_limits(
+    adapters: Adapters, kind: ProviderKind, stream: bool
+) -> None:
+    async def handler(_head: bytes, _body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(*STREAM[kind]) if stream else reply(WHOLE[kind]))
+
+    async with odd_server(handler) as (url, _):
+        answer = await adapters.get(kind, url, None).call(make_call(kind, stream=stream))
+    assert answer.headroom is None
+
+
 # Deadlines
 
 
@@ -346,6 +463,10 @@ async def test_an_end_without_its_marker(
         ("hang", True, {"total_s": 0.3}, "did not finish within 0.3 s"),
         ("slow_first_token", False, {"total_s": 0.3}, "did not finish within 0.3 s"),
         ("slow_first_token", True, {"first_token_s": 0.3}, "sent no token within 0.3 s"),
+        ("hang", False, {"response_s": 0.3}, "sent no whole answer within 0.3 s"),
+        ("slow_first_token", False, {"response_s": 0.3}, "sent no whole answer within 0.3 s"),
+        ("stall", False, {"response_s": 0.3}, "sent no whole answer within 0.3 s"),
+        ("hang", False, {"response_s": 0.3, "total_s": 0.3}, "did not finish within 0.3 s"),
         ("stall", True, {"idle_s": 0.3}, "fell silent for 0.3 s"),
         ("slow_drip", True, {"total_s": 0.8}, "did not finish within 0.8 s"),
     ],
@@ -358,14 +479,15 @@ async def test_deadlines(
 ) -> None:
     fault, stream, deadlines, sentence = case
     sandbox.add_fault(fault, tokens_per_s=10, first_token_ms=1000)
-    limits = {"connect_s": 5.0, "first_token_s": 5.0, "idle_s": 5.0, "total_s": 5.0} | deadlines
+    limits = dict.fromkeys(("connect_s", "first_token_s", "response_s", "idle_s", "total_s"), 5.0)
+    limits |= deadlines
     started = time.monotonic()
     error = await failure(adapter, make_call(kind, stream=stream, deadlines=Deadlines(**limits)))
     assert error.error_class is E.TIMEOUT
     assert sentence in error.message
     assert error.sent
     assert time.monotonic() - started < 4
-    assert bool(error.partial.text) is (fault in ("stall", "slow_drip"))
+    assert bool(error.partial.text) is (stream and fault in ("stall", "slow_drip"))
     await given_up(sandbox)
 
 
@@ -373,7 +495,7 @@ async def test_a_slow_stream_that_keeps_coming_is_not_idle(
     adapter: Adapter, sandbox: SandboxControl, kind: ProviderKind
 ) -> None:
     sandbox.add_fault("slow_drip", tokens_per_s=20)
-    limits = Deadlines(connect_s=5, first_token_s=5, idle_s=0.4, total_s=20)
+    limits = Deadlines(connect_s=5, first_token_s=5, response_s=5, idle_s=0.4, total_s=20)
     answer = await adapter.call(make_call(kind, stream=True, deadlines=limits))
     assert answer.duration_ms > 600
     assert answer.finish_reason == "stop"
@@ -387,7 +509,7 @@ async def test_a_full_pool_is_ours(
     adapter = narrow.get(kind, url_of(sandbox, kind), None)
     waiting = asyncio.create_task(adapter.call(make_call(kind)))
     await asyncio.to_thread(sandbox.wait_for_calls, 1, 10)
-    limits = Deadlines(connect_s=0.2, first_token_s=5, idle_s=5, total_s=5)
+    limits = Deadlines(connect_s=0.2, first_token_s=5, response_s=5, idle_s=5, total_s=5)
     with pytest.raises(ProviderError) as caught:
         await adapter.call(make_call(kind, deadlines=limits))
     assert caught.value.error_class is E.POOL_TIMEOUT
@@ -443,7 +565,7 @@ async def test_no_connection_within_its_deadline(adapters: Adapters, kind: Provi
         for one in crowd:
             one.setblocking(False)
             one.connect_ex(address)
-        limits = Deadlines(connect_s=0.3, first_token_s=9, idle_s=9, total_s=9)
+        limits = Deadlines(connect_s=0.3, first_token_s=9, response_s=9, idle_s=9, total_s=9)
         adapter = adapters.get(kind, f"http://127.0.0.1:{address[1]}", None)
         error = await failure(adapter, make_call(kind, deadlines=limits))
         for one in crowd:

@@ -103,6 +103,7 @@ def test_providers_as_json(sluice: Command) -> None:
         "price_override": None,
         "key": "environment",
         "requests_per_minute": None,
+        "tokens_per_minute": None,
         "input_tokens_per_minute": None,
         "output_tokens_per_minute": None,
         "max_concurrent": None,
@@ -119,6 +120,7 @@ def test_a_provider_is_added_with_all_there_is_to_say(
         *local("qwen", "--use-case", "draft,summary", "--failover", "general", "--default"),
         *("--max-tokens", "2000", "--capabilities", "tools,json_schema", "--priority", "7"),
         *("--cache-read-price", "0.05", "--requests-per-minute", "60"),
+        *("--tokens-per-minute", "75000"),
         *("--input-tokens-per-minute", "70000", "--output-tokens-per-minute", "8000"),
         *("--max-concurrent", "4", "--retires-at", "2031-02-03", "--successor", "openai-gpt4o"),
         *("--key-stdin", "--json"),
@@ -139,6 +141,7 @@ def test_a_provider_is_added_with_all_there_is_to_say(
     assert (row.max_tokens, row.context_tokens, row.priority) == (2000, 32_768, 7)
     assert row.capabilities == ["json_schema", "tools"]
     assert (row.requests_per_minute, row.max_concurrent) == (60, 4)
+    assert (row.tokens_per_minute, added["tokens_per_minute"]) == (75_000, 75_000)
     assert (row.input_tokens_per_minute, row.output_tokens_per_minute) == (70_000, 8000)
     assert (row.retires_at.isoformat(), row.successor) == (
         "2031-02-03T00:00:00+00:00",
@@ -175,6 +178,7 @@ def test_what_the_price_list_knows_need_not_be_said(sluice: Command) -> None:
         (("--capabilities", "smell"), "capabilities: 'smell' is not known; there are vision"),
         (("--priority", "-1"), "priority: "),
         (("--requests-per-minute", "0"), "requests_per_minute: "),
+        (("--tokens-per-minute", "0"), "tokens_per_minute: "),
         (("--input-tokens-per-minute", "0"), "input_tokens_per_minute: "),
         (("--output-tokens-per-minute", "0"), "output_tokens_per_minute: "),
         (("--max-concurrent", "0"), "max_concurrent: "),

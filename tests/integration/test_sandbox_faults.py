@@ -14,6 +14,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
+from sluicegate.workers.local.sandbox_calls import DECLINES
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.sandbox_faults import Fault
 from sluicegate.workers.local.sandbox_prices import Usage, bill_nano_usd
@@ -82,6 +83,10 @@ REFUSALS: dict[Fault, tuple[str, str | None, str, str]] = {
     ),
     Fault.CONTEXT_TOO_LONG: (
         *("BadRequestError", "context_length_exceeded"),
+        *("BadRequestError", "invalid_request_error"),
+    ),
+    Fault.CONTENT_POLICY: (
+        *("BadRequestError", "content_policy_violation"),
         *("BadRequestError", "invalid_request_error"),
     ),
 }
@@ -247,6 +252,25 @@ async def test_a_missing_terminal(
     assert only_call(sandbox)["usage"]["output"] == 20
 
 
+@pytest.mark.parametrize("usage", [True, False])
+@pytest.mark.parametrize("then", ["hold", "close"])
+@both_wires
+async def test_a_missing_terminal_and_a_connection_that_does_not_end(
+    then: str, usage: bool, wire: str, clients: Clients, sandbox: SandboxControl
+) -> None:
+    sandbox.add_fault("missing_terminal", then=then, usage=usage)
+    seen = await clients.ask(wire, stream=True, timeout_s=IMPATIENT_S)
+    late = (openai.APITimeoutError, httpx2.ReadTimeout)
+    broken = (openai.APIConnectionError, httpx2.RemoteProtocolError)
+    assert type(seen.error) is (late if then == "hold" else broken)[wire == "anthropic"]
+    assert len(seen.text) == 80
+    assert seen.stop == ("stop" if wire == "openai" else "end_turn")
+    assert seen.usage == (WHOLE if usage else None)
+    call = only_call(sandbox)
+    assert call["usage"]["output"] == 20
+    assert call["client_gone"] is (then == "hold")
+
+
 def test_a_missing_terminal_at_openai_is_done(sandbox: SandboxControl) -> None:
     request = {"model": OPENAI_MODEL, "messages": [{"role": "user", "content": PROMPT}]}
     whole = post(sandbox, "/v1/chat/completions", request | {"stream": True})
@@ -289,6 +313,26 @@ async def test_a_filtered_answer(
 
 
 @streamed_or_not
+async def test_a_refusal(stream: bool, clients: Clients, sandbox: SandboxControl) -> None:
+    sandbox.add_fault("refusal")
+    seen = await ask_claude(clients.claude, PROMPT, stream=stream)
+    assert (seen.error, seen.stop, seen.text) == (None, "refusal", DECLINES)
+    request: dict[str, Any] = {"model": OPENAI_MODEL, "stream": stream}
+    answer = await clients.gpt.chat.completions.create(
+        messages=[{"role": "user", "content": PROMPT}], **request
+    )
+    if stream:
+        choices = [chunk.choices[0] async for chunk in answer if chunk.choices]
+        assert "".join(choice.delta.refusal or "" for choice in choices) == DECLINES
+        assert "".join(choice.delta.content or "" for choice in choices) == ""
+        assert choices[-1].finish_reason == "stop"
+    else:
+        (choice,) = answer.choices
+        assert (choice.message.content, choice.message.refusal) == (None, DECLINES)
+        assert choice.finish_reason == "stop"
+
+
+@streamed_or_not
 @both_wires
 async def test_an_answer_of_any_text(
     wire: str,
@@ -324,7 +368,7 @@ async def test_an_answer_without_usage(
 def test_every_fault_is_tested_here() -> None:
     wholesome = {
         *(Fault.MISSING_TERMINAL, Fault.SLOW_FIRST_TOKEN, Fault.SLOW_DRIP),
-        *(Fault.CONTENT_FILTER, Fault.ANSWER_TEXT, Fault.NO_USAGE),
+        *(Fault.CONTENT_FILTER, Fault.REFUSAL, Fault.ANSWER_TEXT, Fault.NO_USAGE),
     }
     assert {fault for fault, _ in BROKEN} | REFUSALS.keys() | wholesome == set(Fault)
 

@@ -516,7 +516,7 @@ async def test_a_failing_call_shows_no_key(
         model="a-model",
         max_tokens=5,
         stream=False,
-        deadlines=Deadlines(connect_s=5, first_token_s=5, idle_s=5, total_s=10),
+        deadlines=Deadlines(connect_s=5, first_token_s=5, response_s=5, idle_s=5, total_s=10),
     )
     adapters = Adapters(max_connections=2)
     async with refusing_server(answer) as (url, heads):

@@ -17,6 +17,7 @@ from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Adapters, ProviderError
 from sluicegate.workers.providers.failures import (
     Fault,
+    fault_of_error,
     fault_of_exception,
     fault_of_status,
     retry_after_s,
@@ -45,6 +46,36 @@ def claude_error(type: str, message: str = "No.", code: str | None = None) -> di
 @pytest.mark.parametrize(
     ("status", "body", "error_class"),
     [
+        (400, gpt_error(code="content_policy_violation"), E.CONTENT_FILTER),
+        (400, gpt_error("The prompt triggered our content management policy."), E.CONTENT_FILTER),
+        (
+            400,
+            gpt_error(
+                "Your prompt was flagged as potentially violating our usage policy.",
+                code="invalid_prompt",
+            ),
+            E.CONTENT_FILTER,
+        ),
+        (400, gpt_error(code="invalid_prompt"), E.BAD_REQUEST),
+        (400, gpt_error(code="string_above_max_length"), E.CONTEXT_TOO_LONG),
+        (400, gpt_error(type="exceed_context_size_error"), E.CONTEXT_TOO_LONG),
+        (
+            400,
+            claude_error(
+                "invalid_request_error",
+                "You have reached your specified API usage limits. You will regain access on …",
+            ),
+            E.QUOTA,
+        ),
+        (429, gpt_error(type="insufficient_quota", code="credit_balance_exhausted"), E.QUOTA),
+        (429, gpt_error(code="organization_spend_limit_exceeded"), E.QUOTA),
+        (429, gpt_error(code="organization_usage_limit_exceeded"), E.QUOTA),
+        (429, gpt_error(code="project_spend_limit_exceeded"), E.QUOTA),
+        (
+            429,
+            claude_error("rate_limit_error", code="linked_organization_spend_limit_reached"),
+            E.QUOTA,
+        ),
         (301, None, E.NOT_FOUND),
         (400, gpt_error(type="invalid_request_error"), E.BAD_REQUEST),
         (400, claude_error("invalid_request_error"), E.BAD_REQUEST),
@@ -93,7 +124,10 @@ def claude_error(type: str, message: str = "No.", code: str | None = None) -> di
         (429, claude_error("rate_limit_error", code="contract_spend_limit_reached"), E.QUOTA),
         (
             429,
-            gpt_error("Request too large for gpt-x on tokens per min (TPM): Limit 3, Requested 4."),
+            gpt_error(
+                "Request too large for gpt-x on tokens per min (TPM): Limit 3, Requested 4.",
+                code="rate_limit_exceeded",
+            ),
             E.CONTEXT_TOO_LONG,
         ),
         (500, gpt_error(type="server_error"), E.SERVER),
@@ -108,11 +142,37 @@ def claude_error(type: str, message: str = "No.", code: str | None = None) -> di
 )
 def test_statuses(status: int, body: dict[str, Any] | None, error_class: ErrorClass) -> None:
     data = b"<html>" if body is None else json.dumps(body).encode()
-    fault = fault_of_status("the openai provider", status, {"x-request-id": "req_7"}, data)
+    fault = fault_of_status(
+        "the openai provider", status, httpx2.Headers({"x-request-id": "req_7"}), data
+    )
     assert fault.error_class is error_class
     assert fault.sent
     assert (fault.status, fault.request_id) == (status, "req_7")
     assert sentence(fault, SPEC, Secret("k")).startswith(f"The openai provider answered {status}")
+
+
+@pytest.mark.parametrize(
+    ("error", "error_class"),
+    [
+        (claude_error("overloaded_error")["error"], E.OVERLOADED),
+        (claude_error("rate_limit_error")["error"], E.RATE_LIMITED),
+        (
+            claude_error("rate_limit_error", code="enforced_spend_limit_reached")["error"],
+            E.QUOTA,
+        ),
+        (gpt_error(code="rate_limit_exceeded")["error"], E.RATE_LIMITED),
+        (gpt_error(code="insufficient_quota")["error"], E.QUOTA),
+        (gpt_error(code="context_length_exceeded")["error"], E.CONTEXT_TOO_LONG),
+        (gpt_error(code="content_filter")["error"], E.CONTENT_FILTER),
+        (claude_error("billing_error")["error"], E.QUOTA),
+        (claude_error("api_error")["error"], E.STREAM_BROKEN),
+        ({"code": 500, "type": ["x"]}, E.STREAM_BROKEN),
+        ({}, E.STREAM_BROKEN),
+    ],
+)
+def test_error_events(error: dict[str, Any], error_class: ErrorClass) -> None:
+    fault = fault_of_error("the openai provider", error, otherwise=E.STREAM_BROKEN)
+    assert (fault.error_class, fault.status, fault.sent) == (error_class, 200, True)
 
 
 _KEY = ConnectionKey("api.example.com", 443, True, True, None, None, None)
@@ -171,6 +231,7 @@ def test_a_connection_that_breaks_in_an_answer_is_a_broken_stream() -> None:
         ({"retry-after": "Sun, 22 Nov 2026 12:00:30 GMT"}, 30),
         ({"retry-after": "Sun, 22 Nov 2026 11:00:00 GMT"}, 0),
         ({"retry-after": "soon"}, None),
+        ({"retry-after": f"Sun, 22 Nov {'9' * 30} 12:00:30 GMT"}, None),
         ({"retry-after": "-3"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "inf"}, None),
@@ -193,6 +254,15 @@ def test_the_message_is_one_sentence() -> None:
     assert said(None) == "The openai provider answered 400 (bad request)."
     assert said("two\nlines\x00 and \ud800 more").count("\n") == 0
     assert len(said("long " * 200)) < 350
+
+
+def test_the_reason_of_a_filter_is_told_whole() -> None:
+    words = "I'm sorry. I cannot help with that.  Ask me something else."
+    fault = Fault(E.CONTENT_FILTER, "the openai provider filtered the answer", words=words)
+    assert sentence(fault, SPEC, Secret("k")) == (
+        "The openai provider filtered the answer: "
+        "I'm sorry. I cannot help with that. Ask me something else."
+    )
 
 
 def test_the_message_holds_no_key() -> None:

@@ -116,6 +116,11 @@ def test_finish_reasons_of_anthropic(stop: str, ours: str) -> None:
             None,
         ),
         (
+            gpt_whole({"content": "I c", "refusal": "No."}, finish_reason="content_filter"),
+            ErrorClass.CONTENT_FILTER,
+            "No.",
+        ),
+        (
             gpt_whole({"content": None, "refusal": "I cannot help."}),
             ErrorClass.CONTENT_FILTER,
             "I cannot help.",
@@ -319,6 +324,31 @@ def test_a_refusal_in_a_stream() -> None:
         ErrorClass.CONTENT_FILTER,
         "I cannot.",
     )
+
+
+def test_azure_names_what_it_filtered() -> None:
+    results = {"hate": {"filtered": False, "severity": "safe"}, "violence": {"filtered": True}}
+    cut = chunk({"content": "I c"}, "content_filter")
+    cut["choices"][0]["content_filter_results"] = results
+    with pytest.raises(Fault) as caught:
+        feed(OpenAIReading(), cut, b"[DONE]").conclude()
+    assert (caught.value.error_class, caught.value.words) == (
+        ErrorClass.CONTENT_FILTER,
+        "violence",
+    )
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ((chunk({"content": "I c"}), chunk({}, "content_filter")), None),
+        ((chunk({"refusal": "I cannot."}), chunk({}, "stop")), "I cannot."),
+    ],
+)
+def test_a_filter_without_its_end_marker_is_one(events: Any, words: str | None) -> None:
+    with pytest.raises(Fault) as caught:
+        feed(OpenAIReading(), *events).conclude()
+    assert (caught.value.error_class, caught.value.words) == (ErrorClass.CONTENT_FILTER, words)
 
 
 def claude_start(**usage: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sluicegate.workers.providers import anthropic, openai
 from sluicegate.workers.providers.base import Call, Deadlines
 from sluicegate.workers.providers.failures import Fault
 
-DEADLINES = Deadlines(connect_s=1, first_token_s=1, idle_s=1, total_s=1)
+DEADLINES = Deadlines(connect_s=1, first_token_s=1, response_s=1, idle_s=1, total_s=1)
 WEATHER = Tool(
     name="weather",
     description="Tells the weather.",

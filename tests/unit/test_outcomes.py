@@ -173,10 +173,35 @@ def test_a_job_that_was_never_sent_names_no_attempt() -> None:
 
 def test_another_try_moves_the_job_and_ends_the_attempt() -> None:
     ended = outcomes.ended_attempt(ATTEMPT, PROVIDER, _error(status=503), "gpt-4o")
-    settlement = outcomes.again(JOB, State.PARKED, 45.0, ended)
+    settlement = outcomes.again(JOB, 45.0, ended, held_back="It broke.")
     assert (settlement["job_state"], settlement["after_s"]) == ("parked", 45.0)
-    assert settlement["attempt_state"] == "failed"
+    assert (settlement["attempt_state"], settlement["held_back"]) == ("failed", "It broke.")
     assert "body" not in settlement
+    settlement = outcomes.again(JOB, 5.0, ended, held_back=None)
+    assert (settlement["job_state"], settlement["held_back"]) == ("queued", None)
+
+
+def test_a_job_that_goes_to_its_next_candidate_stays_with_what_it_has_learned() -> None:
+    ended = outcomes.ended_attempt(ATTEMPT, PROVIDER, _error(status=503), "gpt-4o")
+    job = replace(JOB, refused=(PROVIDER.id,), ruled_out=(ATTEMPT.provider_id,))
+    settlement = outcomes.kept(job, ended)
+    assert (settlement["job_state"], settlement["attempt_state"]) == ("running", "failed")
+    assert (settlement["refused"], settlement["ruled_out"]) == (job.refused, job.ruled_out)
+
+
+def test_a_hand_off_names_the_queue_and_who_said_no() -> None:
+    settlement = outcomes.handed_off(replace(JOB, refused=(PROVIDER.id,)), "draft.anthropic")
+    assert (settlement["job_state"], settlement["queue"]) == ("queued", "draft.anthropic")
+    assert (settlement["refused"], settlement["after_s"]) == ((PROVIDER.id,), 0.0)
+    assert "attempt_id" not in settlement
+
+
+def test_a_job_that_nobody_takes_waits_in_postgres_and_says_why() -> None:
+    settlement = outcomes.parked(JOB, 12.0, "openai-x: its breaker is open")
+    assert (settlement["job_state"], settlement["after_s"]) == ("parked", 12.0)
+    assert settlement["held_back"] == "openai-x: its breaker is open"
+    # Whoever said no may say something else by then.
+    assert "refused" not in settlement
 
 
 def test_a_call_that_never_left_is_void() -> None:

@@ -2,14 +2,16 @@
 
 `POST /v1/chat/completions`, `POST /v1/messages` and `GET /v1/models` behave as OpenAI's and
 Anthropic's do, towards their official SDKs too. What it answers is in `sandbox_answers`, what it
-bills in `sandbox_prices`, what can go wrong on demand in `sandbox_faults`. Any key is accepted.
+bills in `sandbox_prices`, what can go wrong on demand in `sandbox_faults`, how much it takes in a
+minute in `sandbox_limits` (without limits: anything). Any key is accepted.
 
 Control, in JSON (`sandbox_control.SandboxControl` is a client for it):
 
 - `GET /sandbox/health`
 - `GET /sandbox/calls?after=SEQ&limit=N`, `DELETE /sandbox/calls` (forgets calls and totals)
-- `GET /sandbox/bill`
+- `GET /sandbox/bill`, with the counts of the limits
 - `GET /sandbox/settings`, `PUT /sandbox/settings` with the fields to change
+- `GET /sandbox/limits`, `PUT /sandbox/limits` with a model's whole limits, `DELETE /sandbox/limits`
 - `GET /sandbox/faults`, `POST /sandbox/faults`, `DELETE /sandbox/faults[?id=ID]`
 
 Run it with `python -m sluicegate.workers.local.sandbox`; it prints `{"port": N}` when it listens.
@@ -27,8 +29,8 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +43,7 @@ from sluicegate.workers.local.sandbox_anthropic import AnthropicWire
 from sluicegate.workers.local.sandbox_calls import Pace, RunningCall, Wheel
 from sluicegate.workers.local.sandbox_faults import Fault, FaultBook, FaultRule, Strike
 from sluicegate.workers.local.sandbox_http import Connection, Exchange, Request
+from sluicegate.workers.local.sandbox_limits import Dimension, Level, LimitBook, Limits
 from sluicegate.workers.local.sandbox_log import Call, CallLog
 from sluicegate.workers.local.sandbox_openai import OpenAIWire
 from sluicegate.workers.local.sandbox_prices import PRICES, wire_of
@@ -67,6 +70,7 @@ class Sandbox:
         self._pace = pace
         self._log = log
         self._faults = FaultBook()
+        self._limits = LimitBook()
         self._wheel = Wheel()
         self._openai: Wire = OpenAIWire()
         self._anthropic: Wire = AnthropicWire()
@@ -78,9 +82,12 @@ class Sandbox:
             ("GET", "/sandbox/health"): self._health,
             ("GET", "/sandbox/calls"): self._list_calls,
             ("DELETE", "/sandbox/calls"): self._reset_calls,
-            ("GET", "/sandbox/bill"): lambda _: self._log.totals(),
+            ("GET", "/sandbox/bill"): self._show_bill,
             ("GET", "/sandbox/settings"): lambda _: self._pace.model_dump(),
             ("PUT", "/sandbox/settings"): self._change_pace,
+            ("GET", "/sandbox/limits"): lambda _: {"limits": self._limits.shown()},
+            ("PUT", "/sandbox/limits"): self._set_limits,
+            ("DELETE", "/sandbox/limits"): self._clear_limits,
             ("GET", "/sandbox/faults"): lambda _: {"faults": self._faults.rules()},
             ("POST", "/sandbox/faults"): self._add_fault,
             ("DELETE", "/sandbox/faults"): self._remove_faults,
@@ -108,7 +115,6 @@ class Sandbox:
 
     def _run(self, wire: Wire, request: Request, exchange: Exchange) -> None:
         request_id = self._next_id()
-        headers = self._head_lines(wire, request_id)
         parsed: object = None
         try:
             parsed = _parsed(request)
@@ -125,22 +131,29 @@ class Sandbox:
                 refused.fault, request_id, refused.message, refused.param
             )
             self._log.finish(call)
-            exchange.respond(call.status, body, headers=headers)
+            exchange.respond(call.status, body, headers=self._head_lines(wire, request_id))
             return
         digest = ask.digest()
         strike = self._faults.strike(ask)
-        RunningCall(
+        running = RunningCall(
             wire=wire,
             ask=ask,
             digest=digest,
             strike=strike,
             call=self._begin(ask, digest, strike, request_id, request.key),
             exchange=exchange,
-            headers=headers,
             pace=self._pace,
             log=self._log,
             wheel=self._wheel,
-        ).start()
+        )
+        meter = self._limits.meter(ask.model)
+        if meter is None:
+            running.start(self._head_lines(wire, request_id))
+            return
+        shortage = running.enter(meter)
+        levels = meter.levels(asyncio.get_running_loop().time())
+        lines = self._usual_lines(wire, time.time(), levels)
+        running.start(lines + _id_line(wire, request_id), shortage)
 
     def _begin(
         self, ask: Ask, digest: bytes, strike: Strike | None, request_id: str, key: bytes
@@ -161,19 +174,22 @@ class Sandbox:
         return f"{self._id_prefix}{self._last_id:08x}"
 
     def _head_lines(self, wire: Wire, request_id: str) -> bytes:
-        """Return a wire's usual headers, made once a second, and the request id."""
+        """Return a wire's usual headers far from all limits, made once a second, and the id."""
         now_s = int(time.time())
         lines = self._headers.get((wire.name, now_s))
         if lines is None:
-            at = datetime.fromtimestamp(now_s, UTC)
-            named = wire.headers(at + timedelta(seconds=1))
-            named |= {"date": f"{at:%a, %d %b %Y %H:%M:%S} GMT", "server": "sandbox"}
-            named |= {name.lower(): value for name, value in self._pace.headers.items()}
-            lines = "".join(f"{name}: {value}\r\n" for name, value in named.items()).encode()
+            lines = self._usual_lines(wire, now_s, {})
             if len(self._headers) > 1:
                 self._headers.clear()
             self._headers[wire.name, now_s] = lines
-        return b"%b%b: %b\r\n" % (lines, wire.request_id_header.encode(), request_id.encode())
+        return lines + _id_line(wire, request_id)
+
+    def _usual_lines(self, wire: Wire, now_s: float, levels: Mapping[Dimension, Level]) -> bytes:
+        now = datetime.fromtimestamp(now_s, UTC)
+        named = wire.headers(now, levels)
+        named |= {"date": f"{now:%a, %d %b %Y %H:%M:%S} GMT", "server": "sandbox"}
+        named |= {name.lower(): value for name, value in self._pace.headers.items()}
+        return "".join(f"{name}: {value}\r\n" for name, value in named.items()).encode()
 
     def _wire_of(self, request: Request) -> Wire:
         anthropic = request.anthropic or request.path.startswith("/v1/messages")
@@ -216,9 +232,24 @@ class Sandbox:
         limit = min(_query_number(request, "limit", 1_000), MAX_CALLS_PER_PAGE)
         return self._log.calls(after=after, limit=limit)
 
-    def _reset_calls(self, _request: Request) -> object:
+    def _reset_calls(self, request: Request) -> object:
         self._log.reset()
-        return self._log.totals()
+        self._limits.reset()
+        return self._show_bill(request)
+
+    def _show_bill(self, _request: Request) -> object:
+        return self._log.totals() | {"limits": self._limits.shown()}
+
+    def _set_limits(self, request: Request) -> object:
+        try:
+            self._limits.set(_validated(Limits, _control_object(request)))
+        except ValueError as error:
+            raise ControlError(400, str(error)) from error
+        return {"limits": self._limits.shown()}
+
+    def _clear_limits(self, _request: Request) -> object:
+        self._limits.clear()
+        return {"limits": []}
 
     def _change_pace(self, request: Request) -> object:
         wanted = _control_object(request)
@@ -251,6 +282,10 @@ def _parsed(request: Request) -> object:
     except orjson.JSONDecodeError:
         message = "We could not parse the JSON body of your request."
         raise RefusedError(Fault.HTTP_400, message) from None
+
+
+def _id_line(wire: Wire, request_id: str) -> bytes:
+    return b"%b: %b\r\n" % (wire.request_id_header.encode(), request_id.encode())
 
 
 def _query_number(request: Request, name: str, default: int) -> int:

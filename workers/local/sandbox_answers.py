@@ -35,7 +35,7 @@ MAX_ANSWER_TOKENS = 200_000
 #: How many values an answer to a JSON schema holds at most; a reference to itself ends in null.
 MAX_SCHEMA_VALUES = 200
 
-Stop = Literal["end", "length", "tool", "filter", "sequence"]
+Stop = Literal["end", "length", "tool", "filter", "refusal", "sequence"]
 
 _DIRECTIVE = re.compile(
     r"(?m)^(ECHO|TOKENS|REASONING|CACHED|CACHE_WRITE_1H|CACHE_WRITE|INPUT|TOOL): ?(.*?)\r?$",

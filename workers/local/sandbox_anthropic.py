@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import ClassVar
 
 import orjson
 
 from sluicegate.workers.local.sandbox_answers import Answer, Ask, Stop, json_string
 from sluicegate.workers.local.sandbox_faults import Fault
+from sluicegate.workers.local.sandbox_limits import Dimension, Level, Shortage
 from sluicegate.workers.local.sandbox_prices import SANDBOX_PREFIX, Usage, WireName
 from sluicegate.workers.local.sandbox_wire import (
     Json,
@@ -42,6 +45,13 @@ class AnthropicWire:
         "length": "max_tokens",
         "tool": "tool_use",
         "filter": "refusal",
+        "refusal": "refusal",
+    }
+    _PLENTY: ClassVar[dict[Dimension, Level]] = {
+        "requests": Level(10_000, 9_999, 1),
+        "tokens": Level(12_000_000, 11_999_000, 1),
+        "input_tokens": Level(10_000_000, 9_999_000, 1),
+        "output_tokens": Level(2_000_000, 1_999_000, 1),
     }
     _TROUBLES: ClassVar[dict[Fault, Trouble]] = {
         Fault.HTTP_400: Trouble(400, "invalid_request_error", "Invalid request."),
@@ -71,21 +81,36 @@ class AnthropicWire:
         Fault.CONTEXT_TOO_LONG: Trouble(
             400, "invalid_request_error", "prompt is too long: 250000 tokens > 200000 maximum"
         ),
+        Fault.CONTENT_POLICY: Trouble(
+            400, "invalid_request_error", "Output blocked by content filtering policy"
+        ),
     }
 
-    def headers(self, at: datetime) -> dict[str, str]:
-        """Return the headers of every answer, as an account far from its limits sees them."""
+    def headers(self, now: datetime, levels: Mapping[Dimension, Level]) -> dict[str, str]:
+        """Return the headers of every answer; resets are times in whole seconds, rounded up."""
         headers = {}
-        for what, limit, remaining in (
-            ("requests", 10_000, 9_999),
-            ("tokens", 12_000_000, 11_999_000),
-            ("input-tokens", 10_000_000, 9_999_000),
-            ("output-tokens", 2_000_000, 1_999_000),
-        ):
-            headers[f"anthropic-ratelimit-{what}-limit"] = str(limit)
-            headers[f"anthropic-ratelimit-{what}-remaining"] = str(remaining)
+        for dimension, plenty in self._PLENTY.items():
+            what = dimension.replace("_", "-")
+            level = levels.get(dimension, plenty)
+            at = datetime.fromtimestamp(math.ceil(now.timestamp() + level.reset_s), UTC)
+            headers[f"anthropic-ratelimit-{what}-limit"] = str(level.limit)
+            headers[f"anthropic-ratelimit-{what}-remaining"] = str(level.remaining)
             headers[f"anthropic-ratelimit-{what}-reset"] = f"{at:%Y-%m-%dT%H:%M:%SZ}"
         return headers
+
+    def shortage(self, model: str, shortage: Shortage) -> str:
+        """Word a 429."""
+        if shortage.dimension == "concurrent":
+            return "Number of concurrent connections has exceeded your rate limit."
+        unit = shortage.dimension.replace("_", " ")
+        return (
+            "This request would exceed your organization's rate limit of "
+            f"{shortage.limit:,} {unit} per minute (model: {model})."
+        )
+
+    def retry_after(self, wait_s: float) -> dict[str, str]:
+        """Say it in whole seconds, rounded up."""
+        return {"retry-after": str(math.ceil(wait_s))}
 
     def model(self, name: str) -> Json:
         """Describe a model."""
@@ -239,7 +264,7 @@ class AnthropicWire:
             "stop_reason": self._STOP[answer.stop],
             "stop_sequence": answer.stop_sequence,
         }
-        if answer.stop == "filter":
+        if answer.stop in ("filter", "refusal"):
             stop["stop_details"] = {
                 "type": "refusal",
                 "category": "general_harms",

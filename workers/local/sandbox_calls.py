@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sluicegate.workers.local.sandbox_answers import Answer, Ask, answer
 from sluicegate.workers.local.sandbox_faults import REFUSALS, Fault, FaultArgs, Strike
 from sluicegate.workers.local.sandbox_http import Exchange
+from sluicegate.workers.local.sandbox_limits import Meter, Shortage
 from sluicegate.workers.local.sandbox_log import Call, CallLog
 from sluicegate.workers.local.sandbox_prices import Usage
 from sluicegate.workers.local.sandbox_wire import Reply, Script, Wire
@@ -21,6 +22,11 @@ from sluicegate.workers.local.sandbox_wire import Reply, Script, Wire
 RESET_DELAY_S = 0.02
 GARBAGE = b"<html><body><h1>502 Bad Gateway</h1><p>A proxy spoke out of turn.</p></body></html>"
 
+#: What the model says that declines.
+DECLINES = "I'm sorry, but I cannot help with that."
+
+#: Calls with these never get as far as the model, nor count against a limit.
+_TURNED_AWAY = REFUSALS | {Fault.RESET_BEFORE_HEADERS}
 _BREAKS = frozenset({Fault.STALL, Fault.CUT_STREAM, Fault.TRUNCATED_STREAM, Fault.ERROR_EVENT})
 _NO_ARGS = FaultArgs()
 
@@ -75,7 +81,7 @@ class Wheel:
 
 
 class RunningCall:
-    """One call from arrival to its end. `headers` are complete lines."""
+    """One call from arrival to its end."""
 
     __slots__ = (
         "_answer",
@@ -89,6 +95,7 @@ class RunningCall:
         "_headers",
         "_limit",
         "_log",
+        "_meter",
         "_pace",
         "_script",
         "_sent",
@@ -106,7 +113,6 @@ class RunningCall:
         strike: Strike | None,
         call: Call,
         exchange: Exchange,
-        headers: bytes,
         pace: Pace,
         log: CallLog,
         wheel: Wheel,
@@ -116,10 +122,11 @@ class RunningCall:
         self._digest = digest
         self._call = call
         self._exchange = exchange
-        self._headers = headers
+        self._headers = b""
         self._pace = pace
         self._log = log
         self._wheel = wheel
+        self._meter: Meter | None = None
         self._fault = strike.fault if strike else None
         self._args = strike.args if strike else _NO_ARGS
         self._answer = self._make_answer()
@@ -129,9 +136,25 @@ class RunningCall:
         self._sent = 0  # tokens sent so far, reasoning included
         self._started = False
 
-    def start(self) -> None:
-        """Answer as the request, the pace and the fault have it."""
+    def enter(self, meter: Meter) -> Shortage | None:
+        """Count against the limits, or say which of them stands in the way."""
+        if self._fault in _TURNED_AWAY:
+            return None
+        shortage = meter.enter(self._answer.usage, asyncio.get_running_loop().time())
+        if shortage is None:
+            self._meter = meter
+        return shortage
+
+    def start(self, headers: bytes, shortage: Shortage | None = None) -> None:
+        """Answer as the request, the pace, the fault and the limits have it.
+
+        `headers` are complete lines.
+        """
+        self._headers = headers
         self._exchange.on_gone = self._on_gone
+        if shortage is not None:
+            self._turn_away(shortage)
+            return
         match self._fault:
             case Fault.HANG:
                 self._bill(None)
@@ -150,6 +173,10 @@ class RunningCall:
 
     def _make_answer(self) -> Answer:
         text = self._args.text if self._fault is Fault.ANSWER_TEXT else None
+        if self._fault is Fault.REFUSAL:
+            made = answer(self._ask, self._digest, text=DECLINES)
+            made.stop = "refusal"
+            return made
         made = answer(self._ask, self._digest, text=text)
         if self._fault is Fault.CONTENT_FILTER:
             kept = int(made.usage.output * self._args.fraction)
@@ -164,7 +191,7 @@ class RunningCall:
             answer=self._answer,
             answer_id=self._call.request_id.removeprefix("req_"),
             created=int(time.time()),
-            usage=self._fault is not Fault.NO_USAGE,
+            usage=self._fault is not Fault.NO_USAGE and self._args.usage,
             terminal=self._fault is not Fault.MISSING_TERMINAL,
         )
 
@@ -222,6 +249,18 @@ class RunningCall:
         self._call.status = 200
         self._end(self._answer.usage)
         self._exchange.respond(200, GARBAGE, content_type=b"text/html", headers=self._headers)
+
+    def _turn_away(self, shortage: Shortage) -> None:
+        """Answer 429 for a limit."""
+        self._log.limit(self._call, shortage.dimension)
+        said = self._wire.shortage(self._ask.model, shortage)
+        self._call.status, body = self._wire.trouble(Fault.HTTP_429, self._call.request_id, said)
+        headers = self._headers
+        if shortage.retry_after_s is not None:
+            named = self._wire.retry_after(shortage.retry_after_s)
+            headers += "".join(f"{name}: {value}\r\n" for name, value in named.items()).encode()
+        self._log.finish(self._call)
+        self._exchange.respond(self._call.status, body, headers=headers)
 
     def _refuse(self) -> None:
         assert self._fault is not None
@@ -314,6 +353,13 @@ class RunningCall:
                 self._write_last(out + event)
                 self._end(so_far)
                 self._exchange.end_chunks()
+            case Fault.MISSING_TERMINAL if self._args.then == "hold":
+                self._write_last(out + script.ending)
+                self._bill(so_far)
+            case Fault.MISSING_TERMINAL if self._args.then == "close":
+                self._write_last(out + script.ending)
+                self._end(so_far)
+                self._exchange.close()
             case _:
                 self._write_last(out + script.ending)
                 self._end(so_far)
@@ -335,6 +381,9 @@ class RunningCall:
     def _end(self, usage: Usage | None) -> None:
         self._bill(usage)
         self._log.finish(self._call)
+        if self._meter is not None:
+            self._meter.leave()
+            self._meter = None
 
     def _reset(self, usage: Usage | None) -> None:
         self._end(usage)

@@ -1,4 +1,12 @@
-"""A client for the sandbox provider's control endpoints: standard library only, synchronous."""
+"""A client for the sandbox provider's control endpoints: standard library only, synchronous.
+
+sandbox.add_fault("http_429", retry_after_s=2, times=1)     # once, then fine
+sandbox.add_fault("cut_stream", fraction=0.67, every_nth=3)
+sandbox.add_fault("missing_terminal", then="hold", usage=False)
+rule = sandbox.down("gpt-6-luna")                           # and up again:
+sandbox.remove_fault(rule)
+sandbox.limit("gpt-6-luna", requests_per_minute=600, tokens_per_minute=100_000)
+"""
 
 from __future__ import annotations
 
@@ -17,7 +25,7 @@ class SandboxControlError(Exception):
 
 
 class SandboxControl:
-    """Reads the books of a sandbox and sets its pace and faults.
+    """Reads the books of a sandbox and sets its pace, faults and limits.
 
     `url` is where the sandbox listens, such as `http://127.0.0.1:4100`. Every method makes one
     short connection, so an object may be shared by threads. Raises SandboxControlError.
@@ -58,11 +66,15 @@ class SandboxControl:
             after = page[-1]["seq"]
 
     def bill(self) -> dict[str, Any]:
-        """Return `calls`, `in_flight`, `billed_calls`, `billed_nano_usd` and `by_model`."""
+        """Return the totals.
+
+        `calls`, `in_flight`, `billed_calls`, `billed_nano_usd`, `limited_calls` (answered 429 by a
+        limit), `by_model`, and `limits` as `limits()` has it.
+        """
         return self._object("GET", "/sandbox/bill")
 
     def reset(self) -> None:
-        """Forget all calls and fault rules, and set the totals to zero; settings stay."""
+        """Forget all calls, counts and fault rules; settings and limits stay."""
         self.clear_faults()
         self._send("DELETE", "/sandbox/calls")
 
@@ -100,6 +112,13 @@ class SandboxControl:
         }
         return int(self._object("POST", "/sandbox/faults", rule)["id"])
 
+    def down(self, model: str | None = None, fault: str = "http_503") -> int:
+        """Refuse every call for a model, or for all, until `remove_fault` of the rule's id.
+
+        `fault` may also be `reset_before_headers`, or `hang`. Answers under way go on.
+        """
+        return self.add_fault(fault, model=model)
+
     def faults(self) -> list[dict[str, Any]]:
         """Return the rules, each with how many calls it `matched` and hit (`fired`)."""
         return list(self._object("GET", "/sandbox/faults")["faults"])
@@ -111,6 +130,29 @@ class SandboxControl:
     def clear_faults(self) -> None:
         """Disarm every rule."""
         self._send("DELETE", "/sandbox/faults")
+
+    def limit(self, model: str | None = None, **limits: float | None) -> dict[str, Any]:
+        """Set all limits of a model, or of every model without its own, and return its counts.
+
+        `limits` are the fields of `Limits`, such as `requests_per_minute=600`; one that is not
+        named is lifted, and its use still counted.
+        """
+        shown = self._object("PUT", "/sandbox/limits", {"model": model} | limits)["limits"]
+        return next(one for one in shown if one["limits"]["model"] == model)
+
+    def limits(self) -> list[dict[str, Any]]:
+        """Return limits and counts of each model with limits, and of all others (`model` null).
+
+        Each has `limits`; `total` and `peak`, what was let in and the most of it within any
+        minute, by `requests`, `tokens`, `input_tokens`, `output_tokens` (and `concurrent` in
+        `peak`); `concurrent` now; and `refused`, how many calls were answered 429, by what was
+        short.
+        """
+        return list(self._object("GET", "/sandbox/limits")["limits"])
+
+    def clear_limits(self) -> None:
+        """Lift every limit, and forget the counts."""
+        self._send("DELETE", "/sandbox/limits")
 
     def wait_for_calls(
         self, count: int, timeout_s: float, *, finished: bool = False

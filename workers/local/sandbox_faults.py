@@ -1,5 +1,9 @@
 """Faults of the sandbox provider: what can go wrong on demand, and for which calls.
 
+A rule strikes the calls that it names, all of them or every nth, for ever or a number of times:
+`http_503` for a model without a number of times is that model's provider being down until the rule
+is removed, `http_500` once is a hiccup. A call that a limit turns away has used up its strike.
+
 Billing, unless `args.billed` says otherwise: an answer that was generated is billed although it
 never arrives whole (`cut_stream`, `stall`, `garbage_body`, ... ; a stream up to where it broke);
 a call that was refused or never answered (4xx, 5xx, `hang`, `reset_before_headers`, an error
@@ -11,7 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,6 +41,7 @@ class Fault(StrEnum):
     HTTP_529 = "http_529"
     QUOTA_429 = "quota_429"  # needs money, not patience
     CONTEXT_TOO_LONG = "context_too_long"
+    CONTENT_POLICY = "content_policy"  # a filter that looks at the prompt
     # Never answered
     HANG = "hang"
     RESET_BEFORE_HEADERS = "reset_before_headers"
@@ -53,13 +58,18 @@ class Fault(StrEnum):
     # Whole, but wrong
     MISSING_TERMINAL = "missing_terminal"  # no [DONE], no message_stop; unstreamed: no stop reason
     GARBAGE_BODY = "garbage_body"  # HTML with status 200
-    CONTENT_FILTER = "content_filter"
+    CONTENT_FILTER = "content_filter"  # cut off, with a stop reason that says so
+    REFUSAL = "refusal"  # the model declines: at OpenAI in a field of its own
     ANSWER_TEXT = "answer_text"
     NO_USAGE = "no_usage"
 
 
 #: Faults that refuse the call with an error status.
-REFUSALS = frozenset(fault for fault in Fault if fault.startswith(("http_", "quota_", "context_")))
+REFUSALS = frozenset(
+    fault
+    for fault in Fault
+    if fault.startswith(("http_", "quota_", "context_")) or fault is Fault.CONTENT_POLICY
+)
 
 
 class FaultArgs(BaseModel):
@@ -82,6 +92,10 @@ class FaultArgs(BaseModel):
     first_token_ms: Annotated[float, Field(ge=0)] = 5_000
     #: `slow_drip`: the speed of the answer.
     tokens_per_s: Annotated[float, Field(gt=0)] = 2
+    #: `missing_terminal` of a stream: whether the response then ends, its connection stays open,
+    #: or is closed in the middle of it; and whether the usage still comes.
+    then: Literal["end", "hold", "close"] = "end"
+    usage: bool = True
     #: `answer_text`: the answer as the inside of a JSON string, so that it can hold `\\u0000`
     #: and a lone `\\ud800`.
     text_json: str = ""

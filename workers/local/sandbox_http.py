@@ -92,6 +92,10 @@ class Exchange:
         self._connection.write(b"0\r\n\r\n")
         self.done()
 
+    def close(self) -> None:
+        """Close the connection in order, wherever the answer stands."""
+        self._connection.close()
+
     def reset(self) -> None:
         """Reset the connection."""
         self._connection.reset()

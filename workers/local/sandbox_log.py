@@ -40,6 +40,8 @@ class Call:
     status: int | None = None
     billed_nano_usd: int | None = None
     usage: Usage | None = None
+    #: Which limit turned it away.
+    limited_by: str | None = None
     finished_at: float | None = None
     client_gone: bool = False
 
@@ -55,6 +57,7 @@ class Call:
             "usage": self.usage,
             "stream": self.stream,
             "fault": self.fault,
+            "limited_by": self.limited_by,
             "prompt_sha256": self.digest.hex(),
             "prompt_tail": self.prompt_tail,
             "request_id": self.request_id,
@@ -82,7 +85,7 @@ class CallLog:
         """Forget every call and set the totals to zero; running calls are forgotten too."""
         self._kept.clear()
         self._open.clear()
-        self._calls = self._billed_calls = self._billed_nano_usd = 0
+        self._calls = self._billed_calls = self._billed_nano_usd = self._limited_calls = 0
         self._by_model: dict[str, dict[str, int]] = {}
 
     def begin(
@@ -129,6 +132,11 @@ class CallLog:
         of_model["billed_calls"] += 1
         of_model["billed_nano_usd"] += cost
 
+    def limit(self, call: Call, dimension: str) -> None:
+        """Note that a limit turned the call away: no fault struck it."""
+        call.limited_by, call.fault = dimension, None
+        self._limited_calls += 1
+
     def finish(self, call: Call) -> None:
         """Close a call, once; what was not billed by now is free."""
         if call not in self._open:
@@ -152,6 +160,7 @@ class CallLog:
             "in_flight": len(self._open),
             "billed_calls": self._billed_calls,
             "billed_nano_usd": self._billed_nano_usd,
+            "limited_calls": self._limited_calls,
             "by_model": self._by_model,
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import ClassVar
 
@@ -9,6 +11,7 @@ import orjson
 
 from sluicegate.workers.local.sandbox_answers import Ask, Stop, json_string
 from sluicegate.workers.local.sandbox_faults import Fault
+from sluicegate.workers.local.sandbox_limits import Dimension, Level, Shortage
 from sluicegate.workers.local.sandbox_prices import Usage, WireName
 from sluicegate.workers.local.sandbox_wire import (
     Json,
@@ -39,6 +42,18 @@ class OpenAIWire:
         "length": "length",
         "tool": "tool_calls",
         "filter": "content_filter",
+        "refusal": "stop",
+    }
+    _PLENTY: ClassVar[dict[Dimension, Level]] = {
+        "requests": Level(10_000, 9_999, 0.006),
+        "tokens": Level(30_000_000, 29_999_000, 0.002),
+    }
+    _UNITS: ClassVar[dict[str, str]] = {
+        "requests": "requests per min (RPM)",
+        "tokens": "tokens per min (TPM)",
+        "input_tokens": "input tokens per min (ITPM)",
+        "output_tokens": "output tokens per min (OTPM)",
+        "concurrent": "concurrent requests",
     }
     _TROUBLES: ClassVar[dict[Fault, Trouble]] = {
         Fault.HTTP_400: Trouble(400, "invalid_request_error", "Invalid request."),
@@ -82,19 +97,42 @@ class OpenAIWire:
             " in 250000 tokens. Please reduce the length of the messages.",
             "context_length_exceeded",
         ),
+        Fault.CONTENT_POLICY: Trouble(
+            400,
+            "invalid_request_error",
+            "Your request was rejected as a result of our safety system.",
+            "content_policy_violation",
+        ),
     }
 
-    def headers(self, at: datetime) -> dict[str, str]:
-        """Return the headers of every answer, as an account far from its limits sees them."""
-        del at  # OpenAI's resets are durations
+    def headers(self, now: datetime, levels: Mapping[Dimension, Level]) -> dict[str, str]:
+        """Return the headers of every answer: of requests and of tokens, and of nothing else."""
+        del now  # OpenAI's resets are durations
+        headers = {"openai-processing-ms": "42"}
+        for dimension, plenty in self._PLENTY.items():
+            level = levels.get(dimension, plenty)
+            headers[f"x-ratelimit-limit-{dimension}"] = str(level.limit)
+            headers[f"x-ratelimit-remaining-{dimension}"] = str(level.remaining)
+            headers[f"x-ratelimit-reset-{dimension}"] = duration(level.reset_s)
+        return headers
+
+    def shortage(self, model: str, shortage: Shortage) -> str:
+        """Word a 429; `Request too large` is one that no waiting helps."""
+        numbers = f"Limit {shortage.limit}, Used {shortage.used}, Requested {shortage.requested}."
+        unit = self._UNITS[shortage.dimension]
+        if shortage.requested > shortage.limit:
+            return f"Request too large for {model} on {unit}: {numbers}"
+        said = f"Rate limit reached for {model} on {unit}: {numbers}"
+        if shortage.retry_after_s is None:
+            return said
+        return f"{said} Please try again in {duration(shortage.retry_after_s)}."
+
+    def retry_after(self, wait_s: float) -> dict[str, str]:
+        """Say it in seconds and in milliseconds, rounded up."""
+        milliseconds = math.ceil(wait_s * 1000)
         return {
-            "openai-processing-ms": "42",
-            "x-ratelimit-limit-requests": "10000",
-            "x-ratelimit-remaining-requests": "9999",
-            "x-ratelimit-reset-requests": "6ms",
-            "x-ratelimit-limit-tokens": "30000000",
-            "x-ratelimit-remaining-tokens": "29999000",
-            "x-ratelimit-reset-tokens": "2ms",
+            "retry-after": str(-(-milliseconds // 1000)),
+            "retry-after-ms": str(milliseconds),
         }
 
     def model(self, name: str) -> Json:
@@ -151,6 +189,8 @@ class OpenAIWire:
             function = {"name": answer.tool, "arguments": text}
             call = {"id": call_id(reply, "call"), "type": "function", "function": function}
             message |= {"content": None, "tool_calls": [call]}
+        if answer.stop == "refusal":
+            message |= {"content": None, "refusal": text}
         body = {
             "id": f"chatcmpl-{reply.answer_id}",
             "object": "chat.completion",
@@ -191,6 +231,8 @@ class OpenAIWire:
         if answer.tool is None:
             opening = b'{"role":"assistant","content":"","refusal":null}'
             left, right = b'{"content":', b"}"
+            if answer.stop == "refusal":
+                left = b'{"refusal":'
         else:
             function = {"name": answer.tool, "arguments": ""}
             call = {
@@ -260,3 +302,16 @@ class OpenAIWire:
                 "rejected_prediction_tokens": 0,
             },
         }
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as OpenAI does, rounded up to milliseconds: `120ms`, `1.2s`, `6m0s`."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    said = f"{milliseconds / 1000:g}s"
+    if hours or minutes:
+        said = f"{minutes}m{said}"
+    return f"{hours}h{said}" if hours else said

@@ -6,6 +6,7 @@ stream. Nothing here knows about sockets, clocks or bills.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import orjson
 
 from sluicegate.workers.local.sandbox_answers import Answer, Ask
 from sluicegate.workers.local.sandbox_faults import Fault
+from sluicegate.workers.local.sandbox_limits import Dimension, Level, Shortage
 from sluicegate.workers.local.sandbox_prices import WireName, serves
 
 Json = dict[str, Any]
@@ -74,8 +76,14 @@ class Wire(Protocol):
     #: An event whose JSON is broken off.
     malformed_frame: bytes
 
-    def headers(self, at: datetime) -> dict[str, str]:
-        """Return the headers of every answer; `at` is when its rate limits are full again."""
+    def headers(self, now: datetime, levels: Mapping[Dimension, Level]) -> dict[str, str]:
+        """Return the headers of every answer; limits of no level here are far away."""
+
+    def shortage(self, model: str, shortage: Shortage) -> str:
+        """Say why a limit turns a call away."""
+
+    def retry_after(self, wait_s: float) -> dict[str, str]:
+        """Return the headers that say when to come again."""
 
     def model(self, name: str) -> Json:
         """Describe a model."""

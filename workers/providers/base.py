@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypedDict
 from urllib.parse import urlsplit
 
+from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.errors import ErrorClass, SluiceError
 from sluicegate.shared.jobs import JobSpec
 from sluicegate.shared.messages import ToolCallPart, Usage
@@ -30,6 +31,8 @@ class Deadlines:
     connect_s: float
     #: From the start to the first piece of the answer; streamed calls only.
     first_token_s: float
+    #: From the start to the whole answer of a call that is not streamed.
+    response_s: float
     #: Between two reads of a stream that has begun.
     idle_s: float
     #: The whole call.
@@ -69,6 +72,8 @@ class Answer:
     first_token_ms: int | None
     duration_ms: int
     service_tier: str | None
+    #: What the provider's headers say is left of its limits; None: they say nothing.
+    headroom: Headroom | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +94,9 @@ class ProviderError(SluiceError):
 
     The message is one sentence for people and holds neither a key nor a piece of the prompt.
     `sent` is False only if the call certainly never left: then it costs nothing.
-    `retry_after_s` is what the provider asked for. `partial` says what had arrived.
+    `retry_after_s` is what the provider asked for; where a 429 does not say, until the limit that
+    its headers show as used up is back. `headroom` is what they say is left, None if the call
+    brought no answer with any. `partial` says what had arrived.
     """
 
     def __init__(
@@ -102,6 +109,7 @@ class ProviderError(SluiceError):
         request_id: str | None = None,
         sent: bool = True,
         partial: Partial | None = None,
+        headroom: Headroom | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -111,6 +119,7 @@ class ProviderError(SluiceError):
         self.request_id = request_id
         self.sent = sent
         self.partial = partial or Partial()
+        self.headroom = headroom
 
 
 class ToolCallFragment(TypedDict, total=False):

@@ -17,11 +17,13 @@ from typing import Any, Final
 import aiohttp
 import httpx2
 
+from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import JobSpec
 from sluicegate.shared.messages import TextPart, ToolResultPart
 from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.decoding import load_json
+from sluicegate.workers.providers.rate_headers import headroom
 
 #: What may escape from the SDKs' HTTP client besides the SDKs' own exceptions.
 TRANSPORT_ERRORS: Final = (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError)
@@ -36,10 +38,16 @@ _BY_CODE: Final = {
     "enforced_spend_limit_reached": ErrorClass.QUOTA,
     "linked_organization_spend_limit_reached": ErrorClass.QUOTA,
     "credit_balance_too_low": ErrorClass.QUOTA,
+    "credit_balance_exhausted": ErrorClass.QUOTA,
+    "organization_spend_limit_exceeded": ErrorClass.QUOTA,
+    "organization_usage_limit_exceeded": ErrorClass.QUOTA,
+    "project_spend_limit_exceeded": ErrorClass.QUOTA,
     # Passes by itself: a cap on how fast usage may grow.
     "ramp_limit_exceeded": ErrorClass.RATE_LIMITED,
     "context_length_exceeded": ErrorClass.CONTEXT_TOO_LONG,
     "model_context_window_exceeded": ErrorClass.CONTEXT_TOO_LONG,
+    "exceed_context_size_error": ErrorClass.CONTEXT_TOO_LONG,
+    "string_above_max_length": ErrorClass.CONTEXT_TOO_LONG,
     "content_filter": ErrorClass.CONTENT_FILTER,
     "content_policy_violation": ErrorClass.CONTENT_FILTER,
     "image_content_policy_violation": ErrorClass.CONTENT_FILTER,
@@ -55,8 +63,19 @@ _BY_WORDS: Final = (
     # OpenAI's 429 for a request above the whole limit a minute: waiting never helps it.
     ("request too large for", ErrorClass.CONTEXT_TOO_LONG),
     ("credit balance is too low", ErrorClass.QUOTA),
+    # Anthropic's 400 for a spend limit that the organization has set itself.
+    ("reached your specified api usage limits", ErrorClass.QUOTA),
     ("blocked by content filtering", ErrorClass.CONTENT_FILTER),
+    ("content management policy", ErrorClass.CONTENT_FILTER),
+    ("flagged as potentially violating", ErrorClass.CONTENT_FILTER),
+    ("rejected as a result of our safety system", ErrorClass.CONTENT_FILTER),
 )
+
+#: What counts only where neither a finer code nor the words say more.
+_BY_BROAD_CODE: Final = {
+    "rate_limit_error": ErrorClass.RATE_LIMITED,
+    "rate_limit_exceeded": ErrorClass.RATE_LIMITED,
+}
 
 _BY_STATUS: Final = {
     401: ErrorClass.AUTH,
@@ -130,6 +149,7 @@ class Fault(Exception):
         retry_after_s: float | None = None,
         request_id: str | None = None,
         sent: bool = True,
+        headroom: Headroom | None = None,
     ) -> None:
         super().__init__(what)
         self.error_class = error_class
@@ -139,12 +159,13 @@ class Fault(Exception):
         self.retry_after_s = retry_after_s
         self.request_id = request_id
         self.sent = sent
+        self.headroom = headroom
 
 
 def fault_of_status(
     provider: str,
     status: int,
-    headers: Mapping[str, str],
+    headers: httpx2.Headers,
     body: bytes,
     *,
     now: datetime | None = None,
@@ -162,13 +183,18 @@ def fault_of_status(
             by_status = ErrorClass.NOT_FOUND if status < 400 else ErrorClass.BAD_REQUEST
     # A server that is down may say anything; its words decide only what it refuses on purpose.
     named = _named_class(error) if status < 500 else None
+    left = headroom(headers.raw, now=now)
+    wait_s = retry_after_s(headers, now=now)
+    if wait_s is None and status == 429 and left is not None:
+        wait_s = left.reset_s
     return Fault(
         named or by_status,
         f"{provider} answered {status}",
         words=_words(error),
         status=status,
-        retry_after_s=retry_after_s(headers, now=now),
+        retry_after_s=wait_s,
         request_id=request_id(headers),
+        headroom=left,
     )
 
 
@@ -177,8 +203,8 @@ def fault_of_error(
 ) -> Fault:
     """Classify an error object inside a 200: a stream's error event, or a body that is one.
 
-    Only what names an overload, a filter, a limit of money or length is that; any other error of a
-    provider that had already said 200 is `otherwise`.
+    Only what names an overload, a filter, a limit of rate, money or length is that; any other error
+    of a provider that had already said 200 is `otherwise`.
     """
     return Fault(
         _named_class(error) or otherwise,
@@ -235,7 +261,7 @@ def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) ->
             return wait_s
     try:
         until = parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if until.tzinfo is None:
         until = until.replace(tzinfo=UTC)
@@ -246,14 +272,17 @@ def sentence(fault: Fault, spec: JobSpec, api_key: Secret) -> str:
     """Say what happened in one sentence that may be stored, logged and shown.
 
     The provider's own words are added unless they repeat a piece of the request; whatever looks
-    like a key is taken out.
+    like a key is taken out. Only their first sentence is kept, but for a filter's: all of them are
+    its reason.
     """
     what = fault.what[0].upper() + fault.what[1:]
     words = " ".join((fault.words or "").split())
     if len(api_key) > 7:
         words = words.replace(api_key.get_secret_value(), "[key]")
     words = _KEY_LIKE.sub("[key]", words)
-    words = words.split(". ")[0].rstrip(".")
+    if fault.error_class is not ErrorClass.CONTENT_FILTER:
+        words = words.split(". ")[0]
+    words = words.rstrip(".")
     if not words:
         return f"{what} ({fault.error_class.replace('_', ' ')})."
     if _echoes(words, spec):
@@ -282,7 +311,13 @@ def _named_class(error: Mapping[str, Any]) -> ErrorClass | None:
         if isinstance(code, str) and code in _BY_CODE:
             return _BY_CODE[code]
     message = (_words(error) or "").lower()
-    return next((named for words, named in _BY_WORDS if words in message), None)
+    for words, named in _BY_WORDS:
+        if words in message:
+            return named
+    for code in codes:
+        if isinstance(code, str) and code in _BY_BROAD_CODE:
+            return _BY_BROAD_CODE[code]
+    return None
 
 
 def _words(error: Mapping[str, Any]) -> str | None:

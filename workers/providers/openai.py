@@ -212,8 +212,8 @@ def _part(part: Part) -> dict[str, Any]:
 class OpenAIReading(Reading):
     """Reads a chat completion, or its chunks.
 
-    A streamed answer is complete when it has a finish reason and, after it, `[DONE]` or the usage
-    that was asked for: without either the stream was cut, perhaps in front of its bill.
+    A streamed answer is complete when it has a finish reason and, with or after it, `[DONE]` or the
+    usage that was asked for: without either the stream was cut, perhaps in front of its bill.
     """
 
     provider = _PROVIDER
@@ -244,13 +244,13 @@ class OpenAIReading(Reading):
             self._take_call(number, call)
         self._take_frame(body)
         self._marked = True
-        self._end()
+        self._conclude_so_far()
 
     def event(self, event: ServerSentEvent) -> None:
         """Take a chunk."""
         if event.data.startswith(b"[DONE]"):
             self.ended = self._marked = True
-            self._end()
+            self._conclude_so_far()
             return
         chunk = load_json(event.data)
         if chunk.get("error"):
@@ -265,9 +265,9 @@ class OpenAIReading(Reading):
             for call in delta.get("tool_calls") or ():
                 self._take_call(call.get("index") or 0, call)
         self._take_frame(chunk)
-        if self.raw_usage is not None and self.stop is not None:
-            self._marked = True
-            self._end()
+        if self.stop is not None:
+            self._marked = self._marked or self.raw_usage is not None
+            self._conclude_so_far()
 
     def usage(self) -> Usage | None:
         """Return the usage; `prompt_tokens` includes what was read from and written to a cache."""
@@ -296,6 +296,8 @@ class OpenAIReading(Reading):
         if message.get("reasoning_content"):  # of compatible servers: the model works
             self.began = True
         self.stop = string(choice.get("finish_reason")) or self.stop
+        if filtered := _filtered(choice.get("content_filter_results")):
+            self.stop_words = filtered
 
     def _take_call(self, number: int, call: dict[str, Any]) -> None:
         function = call.get("function") or {}
@@ -312,9 +314,17 @@ class OpenAIReading(Reading):
         if usage := body.get("usage"):
             self.raw_usage = dict(usage)
 
-    def _end(self) -> None:
+    def _conclude_so_far(self) -> None:
+        """Read what an answer means whose finish reason has come; more chunks may follow."""
         self.usage_is_final = self.raw_usage is not None
         if self._refusal and not self._text:
             # A refusal in a field of its own and with the finish reason `stop` is no answer.
             self.stop = "content_filter"
+        if self._refusal and self.stop == "content_filter":
             self.stop_words = "".join(self._refusal)
+
+
+def _filtered(results: object) -> str | None:
+    """Name the categories for which Azure filtered an answer, as it says it: `hate, violence`."""
+    named = [name for name, result in mapping(results).items() if mapping(result).get("filtered")]
+    return ", ".join(named) or None

@@ -112,11 +112,8 @@ class Reading(ABC):
 
         An answer cut at its token limit keeps its text and loses a tool call that was cut, too.
         """
-        if not self.complete or self.stop is None:
-            raise Fault(
-                ErrorClass.TRUNCATED, f"the answer of {self.provider} ended without its end marker"
-            )
-        finish = self.FINISH.get(self.stop, self.stop)
+        # A filter and a full context are the provider's last word, with an end marker or without.
+        finish = None if self.stop is None else self.FINISH.get(self.stop, self.stop)
         if finish == FILTERED:
             raise Fault(
                 ErrorClass.CONTENT_FILTER,
@@ -126,6 +123,10 @@ class Reading(ABC):
         if finish == CONTEXT_FULL:
             raise Fault(
                 ErrorClass.CONTEXT_TOO_LONG, f"the context of the model at {self.provider} is full"
+            )
+        if finish is None or not self.complete:
+            raise Fault(
+                ErrorClass.TRUNCATED, f"the answer of {self.provider} ended without its end marker"
             )
         calls = []
         for call in self._tool_calls.values():

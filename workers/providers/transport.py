@@ -5,6 +5,12 @@ The SDKs send the request (address, authentication, version headers, error class
 aiohttp client and uvloop, the SDK's part of a call takes 0.5 ms of CPU this way and 1.0 to 1.15 ms
 through OpenAI's `chat.completions.create`; a stream of 120 tokens that comes at once takes 1.0 to
 1.4 ms here, 11.6 ms through OpenAI's event models and 2.8 ms through Anthropic's.
+
+A stream is read to its end marker (`[DONE]`, `message_stop`). Once the provider has said why it
+stopped, nothing but that marker and the usage is still to come, so for those the call waits at most
+`_TAIL_S`, whether the connection is then closed, broken, or held open: what has come is judged as
+it is. OpenAI's answer is complete if its usage came, with `[DONE]` or without; without either, and
+without Anthropic's `message_stop`, it is `truncated`, which is a failure and never an answer.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from typing import Any, Final
 import httpx2
 import orjson
 
+from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Answer, Call, DeltaSink, ProviderError
@@ -35,6 +42,7 @@ from sluicegate.workers.providers.failures import (
     request_id,
     sentence,
 )
+from sluicegate.workers.providers.rate_headers import headroom
 from sluicegate.workers.providers.reading import Reading
 from sluicegate.workers.providers.sse import SseDecoder, SseTooLongError
 
@@ -45,6 +53,8 @@ KEEPALIVE_S: Final = 30.0
 #: How long the end of the response may take after the answer's own end marker. Read to its end, a
 #: connection can be used again; not read, it is closed and nothing is lost.
 _DRAIN_S: Final = 0.1
+#: How long the end markers may take after the answer's finish reason.
+_TAIL_S: Final = 2.0
 #: The part of itself by which the idle deadline may come late.
 _IDLE_SLACK: Final = 0.05
 #: Shapes that are not what the wire's documentation says.
@@ -94,6 +104,7 @@ class HttpAdapter(ABC):
                 request_id=fault.request_id or run.request_id,
                 sent=fault.sent,
                 partial=reading.partial(),
+                headroom=fault.headroom or run.headroom,
             ) from None
         finally:
             self._in_flight -= 1
@@ -108,6 +119,7 @@ class HttpAdapter(ABC):
             first_token_ms=run.first_token_ms,
             duration_ms=round((time.monotonic() - started) * 1000),
             service_tier=reading.service_tier,
+            headroom=run.headroom,
         )
 
     @abstractmethod
@@ -151,6 +163,8 @@ class HttpAdapter(ABC):
                     with suppress(*TRANSPORT_ERRORS):
                         await response.aclose()
         except TRANSPORT_ERRORS as error:  # a TimeoutError is an OSError
+            if run.only_the_end_is_missing:
+                return  # `Reading.conclude` says what it comes to
             if deadline.expired():
                 raise Fault(ErrorClass.TIMEOUT, f"{self._provider} {run.overdue}") from None
             raise fault_of_exception(
@@ -172,6 +186,7 @@ class _Run:
         self.call = call
         self.status: int | None = None
         self.request_id: str | None = None
+        self.headroom: Headroom | None = None
         self.first_token_ms: int | None = None
         self._provider = provider
         self._reading = reading
@@ -182,24 +197,30 @@ class _Run:
         #: What the passing of the present deadline means.
         self.overdue = ""
 
+    @property
+    def only_the_end_is_missing(self) -> bool:
+        """Whether the provider has said why it stopped: only end markers and usage may follow."""
+        return self._reading.stop is not None
+
     def start(self, deadline: asyncio.Timeout) -> None:
         """Take charge of the deadline, which waits for the first piece of the answer."""
         self._deadline = deadline
-        wait_s = self.call.deadlines.first_token_s
         if self._streamed:
+            wait_s = self.call.deadlines.first_token_s
             self._wait(wait_s - self._elapsed_s(), f"sent no token within {wait_s:g} s")
         else:
-            self._wait(inf, "")
+            self._wait_for_the_whole()
 
     async def read(self, response: httpx2.Response) -> None:
         """Read a 2xx response into the reading."""
         self.status = response.status_code
         self.request_id = request_id(response.headers)
+        self.headroom = headroom(response.headers.raw)
         # A compatible server may not stream although it was asked to, or answer with a web page.
         content_type = response.headers.get("content-type", "")
         if self._streamed and content_type.startswith(("application/json", "text/html")):
             self._streamed = False
-            self._wait(inf, "")
+            self._wait_for_the_whole()
         encoded = "content-encoding" in response.headers
         # Closed here, because the garbage collector would close it at some later time.
         async with aclosing(response.aiter_bytes() if encoded else response.aiter_raw()) as chunks:
@@ -207,6 +228,10 @@ class _Run:
                 await self._read_stream(chunks)
             else:
                 await self._read_whole(chunks)
+
+    def _wait_for_the_whole(self) -> None:
+        wait_s = self.call.deadlines.response_s
+        self._wait(wait_s - self._elapsed_s(), f"sent no whole answer within {wait_s:g} s")
 
     def _wait(self, wait_s: float, overdue: str) -> None:
         """Move the deadline `wait_s` from now, or to the total one if that is earlier."""
@@ -242,6 +267,7 @@ class _Run:
         idle_s = self.call.deadlines.idle_s
         silent = f"fell silent for {idle_s:g} s in its answer"
         renew_s = 0.0
+        tail_s = inf
         received = 0
         async for chunk in chunks:
             received += len(chunk)
@@ -251,7 +277,7 @@ class _Run:
                 elapsed_s = self._elapsed_s()
                 if self.first_token_ms is None:
                     self.first_token_ms = round(elapsed_s * 1000)
-                if elapsed_s >= renew_s:
+                if elapsed_s >= renew_s and not self.only_the_end_is_missing:
                     # A timer costs as much as reading a piece, so it is set a little later than
                     # need be, and then left alone for as long.
                     self._wait(idle_s * (1 + _IDLE_SLACK), silent)
@@ -264,6 +290,11 @@ class _Run:
                         async for _ in chunks:
                             pass
                 return
+            if self.only_the_end_is_missing:
+                wait_s = _DRAIN_S if reading.complete else min(_TAIL_S, idle_s)
+                if wait_s < tail_s:  # set once for each, whatever else may come
+                    tail_s = wait_s
+                    self._wait(wait_s, "")
 
     def _take(self, decoder: SseDecoder, chunk: bytes) -> None:
         try:

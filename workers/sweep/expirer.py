@@ -1,4 +1,4 @@
-"""The expirer: ends jobs whose deadline passed while they waited."""
+"""The expirer: ends jobs whose deadline passed while they waited, and says what they waited for."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ _BATCH = 500
 
 _EXPIRE = f"""
 WITH due AS (
-    SELECT id FROM jobs
+    SELECT id, CASE state WHEN 'parked' THEN held_back END AS held_back FROM jobs
     WHERE state IN ('queued', 'parked') AND deadline_at <= now()
     ORDER BY deadline_at LIMIT {_BATCH}
     FOR NO KEY UPDATE SKIP LOCKED
 ), ended AS (
-    UPDATE jobs j SET state = 'expired', fence = j.fence + 1, finished_at = now()
+    UPDATE jobs j
+    SET state = 'expired', fence = j.fence + 1, finished_at = now(), held_back = NULL
     FROM due WHERE j.id = due.id
-    RETURNING j.*
+    RETURNING j.*, concat_ws(
+        '; ', 'its deadline passed before it was answered', due.held_back) AS why
 )
 INSERT INTO results (job_id, fence, body)
 SELECT j.id, j.fence, {
     ENDED_BODY.format(
         state="'expired'",
         error_class="'timeout'",
-        message="'its deadline passed before it was answered'",
+        message="j.why",
     )
 } FROM ended j
 RETURNING job_id AS id, fence, body,

@@ -22,6 +22,7 @@ from sluicegate.shared.database import (
     make_async_engine,
 )
 from sluicegate.shared.errors import QueueUnavailable
+from sluicegate.shared.gate_changes import GATE_CHANNEL
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.queues import POOLS, STAGE_CHANNEL, queue_name
 from sluicegate.shared.redis_client import make_async_redis
@@ -36,9 +37,11 @@ from sluicegate.workers.sweep.canceller import Canceller
 from sluicegate.workers.sweep.deliverer import Deliverer
 from sluicegate.workers.sweep.endings import tell_settled
 from sluicegate.workers.sweep.expirer import Expirer
+from sluicegate.workers.sweep.recorder import Recorder
 from sluicegate.workers.sweep.republisher import Republisher
 from sluicegate.workers.sweep.rescuer import Rescuer
 from sluicegate.workers.sweep.stager import Stager
+from sluicegate.workers.sweep.waker import Waker
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,9 @@ class Sweep:
         self._db = Database(settings, application_name="sluice sweep", size=4, planner=BY_SIZE)
         self._redis = make_async_redis(settings)
         #: What wakes a loop before its time, by the Postgres channel on which it is said.
-        self._woken = {name: asyncio.Event() for name in (STAGE_CHANNEL, OUTBOX_CHANNEL)}
+        self._woken = {
+            name: asyncio.Event() for name in (STAGE_CHANNEL, OUTBOX_CHANNEL, GATE_CHANNEL)
+        }
         self._replies = Replies(settings, self._redis)
         self._journal = Journal(client=self._redis, prefix=settings.redis_prefix)
         self._rescuer = Rescuer(
@@ -82,6 +87,8 @@ class Sweep:
             prefix=settings.redis_prefix,
             channel_max=settings.reply_channel_max,
         )
+        self._recorder = Recorder(db=self._db, client=self._redis, prefix=settings.redis_prefix)
+        self._waker = Waker(db=self._db)
 
     async def run(self) -> None:
         """Sweep until cancelled; raises at once if the schema is not this version's."""
@@ -98,6 +105,8 @@ class Sweep:
                 group.create_task(
                     self._loop("deliver", self.deliver, wake=self._woken[OUTBOX_CHANNEL])
                 )
+                group.create_task(self._loop("record", self.record))
+                group.create_task(self._loop("wake", self.wake, wake=self._woken[GATE_CHANNEL]))
         finally:
             await self.close()
 
@@ -134,6 +143,16 @@ class Sweep:
     async def cancel(self) -> None:
         """Cancel what waits in cancelled batches."""
         await self._canceller.round()
+
+    async def record(self) -> None:
+        """Take what happened at the gates to Postgres."""
+        if await self._recorder.round():
+            self._woken[GATE_CHANNEL].set()
+
+    async def wake(self) -> None:
+        """Make due what was held back by something that has passed."""
+        if await self._waker.round(await self._queues()):
+            self._woken[STAGE_CHANNEL].set()
 
     async def _book_journal(self) -> None:
         try:

@@ -1,0 +1,1 @@
+"""Admission: the fleet's say, in Redis, on whether a call may leave now."""

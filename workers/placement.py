@@ -1,0 +1,381 @@
+"""Placement: which candidate takes a job now; or where else it goes, or how long it waits."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from uuid import UUID
+
+from sluicegate.shared.admission.gate import Ask, Reason, Verdict
+from sluicegate.shared.catalogue import Catalogue, Provider
+from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.ids import new_id
+from sluicegate.shared.jobs import Lane
+from sluicegate.shared.pricing import baseline_provider, price_card
+from sluicegate.shared.queues import parse_queue, queue_name
+from sluicegate.shared.routing import Needs, answer_tokens, needs_of, route
+from sluicegate.shared.settings import Settings
+from sluicegate.workers.claims import Job
+from sluicegate.workers.estimates import TokenEstimates
+from sluicegate.workers.gates import Gates
+from sluicegate.workers.presence import Presence
+
+#: What is paused waits until somebody resumes it, which wakes it; this is for a wake-up lost.
+_PAUSED_S = 900.0
+#: A pool without workers is no reason to come back soon.
+_UNSERVED_S = 300.0
+#: Bulk work rather waits for its own candidate than pays another, up to this long a rest of it.
+_BULK_REST_S = 60.0
+#: Bulk jobs stand longer at the gate: nobody waits for them, and it keeps the limit in use.
+_BULK_PATIENCE = 5
+
+#: How long a job waits beyond the row's own word when others took the place that was its turn.
+_SOON_S = {Lane.INTERACTIVE: (0.5, 3.0), Lane.BULK: (2.0, 20.0)}
+
+_AT_LIMIT = frozenset({Reason.REQUESTS, Reason.TOKENS, Reason.CONCURRENCY})
+
+_WORDS = {
+    Reason.BREAKER: "its breaker is open",
+    Reason.COOLDOWN: "it asked for a rest",
+    Reason.REQUESTS: "it is at its limit of requests a minute",
+    Reason.TOKENS: "it is at its limit of tokens a minute",
+    Reason.CONCURRENCY: "it has as many calls under way as it takes",
+    Reason.RETRIES: "it gets no second tries for now",
+    Reason.SUSPENDED: "it refused this account's key or quota and is suspended for it",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where a job's next call goes, what it may cost at most, and under which permit."""
+
+    provider: Provider
+    #: The reading that the provider is from.
+    catalogue: Catalogue = field(repr=False)
+    #: The attempt that the gates have admitted.
+    attempt_id: UUID
+    verdict: Verdict
+    max_tokens: int
+    #: Of the prompt, as estimated without and with what was learned of the model.
+    prompt_tokens: int
+    input_tokens: int
+    reserved_nano_usd: int
+    baseline_reserved_nano_usd: int
+    #: The candidates that are left to go to if this one fails.
+    left: tuple[Provider, ...]
+    #: Those that have said no for now: they may take the job later.
+    later: tuple[Provider, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """The next candidate is another pool's: `queue` is where it takes jobs.
+
+    `refused` are the rows that have said no by now.
+    """
+
+    queue: str
+    refused: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Nobody takes it now. `after_s` None: waiting will not change that.
+
+    `why` lists what each candidate said.
+    """
+
+    after_s: float | None
+    why: str
+    #: Of the result, if waiting does not help.
+    error_class: ErrorClass = ErrorClass.AUTH
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    provider: Provider
+    why: str
+    #: None: for good.
+    wait_s: float | None
+    #: What the gates said, and to what; None: they were not asked, or only for another pool.
+    verdict: Verdict | None = None
+    ask: Ask | None = None
+
+
+class _CatalogueChanged(Exception):
+    """Ends a wait at the gate."""
+
+
+class Placement:
+    """Asks the candidates of a job in their order."""
+
+    def __init__(
+        self, *, settings: Settings, gates: Gates, presence: Presence, estimates: TokenEstimates
+    ) -> None:
+        self._settings = settings
+        self._gates = gates
+        self._presence = presence
+        self._estimates = estimates
+
+    async def find(
+        self,
+        job: Job,
+        read: Callable[[], Awaitable[Catalogue]],
+        *,
+        said: Mapping[UUID, str],
+        first_token_ms: Mapping[UUID, float],
+    ) -> Plan | HandOff | Held:
+        """Place the job. What is found to take it is admitted, and is to be reported.
+
+        `read` gives the catalogue of the moment. `said` are the reasons of `job.refused`, as far as
+        they are known. Raises `InvalidJob` or `UnknownPrice` when no row of the catalogue can serve
+        the job at all.
+        """
+        while True:
+            catalogue = await read()
+            try:
+                return await self._find(job, catalogue, read, said, first_token_ms)
+            except _CatalogueChanged:
+                # A pause, a lever or a limit: whoever stands at the gate goes by it, too.
+                continue
+
+    async def _find(
+        self,
+        job: Job,
+        catalogue: Catalogue,
+        read: Callable[[], Awaitable[Catalogue]],
+        said: Mapping[UUID, str],
+        first_token_ms: Mapping[UUID, float],
+    ) -> Plan | HandOff | Held:
+        if paused := _pause_of(job, catalogue):
+            return Held(_PAUSED_S, paused)
+        needs = needs_of(job.spec)
+        candidates = route(
+            needs,
+            catalogue,
+            account_id=job.account_id,
+            mode=self._settings.catalogue,
+            now=datetime.now(UTC),
+            first_token_ms=first_token_ms,
+        )
+        pool = parse_queue(job.queue).pool
+        refusals: list[_Refusal] = []
+        for at, provider in enumerate(candidates):
+            refusal = self._known_refusal(job, catalogue, provider, said)
+            if refusal is not None:
+                refusals.append(refusal)
+                continue
+            if provider.provider != pool:
+                queue = queue_name(job.use_case, provider.provider, job.lane)
+                refusal = await self._look(job, needs, catalogue, provider, queue)
+                if refusal is None:
+                    return HandOff(queue, (*job.refused, *(one.provider.id for one in refusals)))
+                refusals.append(refusal)
+                continue
+            ask = self._ask(job, needs, catalogue, provider)
+            verdict = await self._patiently(job, ask, catalogue, read)
+            if verdict.reason is None:
+                left = tuple(
+                    other
+                    for other in candidates[at + 1 :]
+                    if self._known_refusal(job, catalogue, other, said) is None
+                )
+                later = _later(refusals)
+                return self._plan(needs, catalogue, ask, verdict, left=left, later=later)
+            refusals.append(self._refusal(job, ask, verdict))
+            if job.lane is Lane.BULK and _worth_waiting(verdict):
+                break
+        return await self._stand_in_line(job, needs, catalogue, refusals)
+
+    def _known_refusal(
+        self, job: Job, catalogue: Catalogue, provider: Provider, said: Mapping[UUID, str]
+    ) -> _Refusal | None:
+        if provider.id in job.ruled_out:
+            return _Refusal(
+                provider, said.get(provider.id, "it has refused this job for good"), None
+            )
+        if provider.id in catalogue.pauses.providers:
+            return _Refusal(provider, "it is paused", _PAUSED_S)
+        if provider.breaker == "forced_open":
+            # Also while Redis, which would say so, is away.
+            return _Refusal(provider, "its breaker is forced open", _PAUSED_S)
+        if provider.id in job.refused:
+            why = said.get(provider.id, "it said no just now")
+            return _Refusal(provider, why, self._rest_s(job))
+        return None
+
+    def _rest_s(self, job: Job) -> float:
+        settings = self._settings
+        rest_s = settings.retry_base_s * 2.0 ** min(len(job.tried), 10)
+        return min(rest_s, settings.retry_max_s)
+
+    async def _look(
+        self, job: Job, needs: Needs, catalogue: Catalogue, provider: Provider, queue: str
+    ) -> _Refusal | None:
+        """Ask for another pool's candidate: it admits for itself, once the job is there."""
+        if not await self._presence.serves(queue):
+            return _Refusal(provider, f"no worker serves {queue}", _UNSERVED_S)
+        ask = self._ask(job, needs, catalogue, provider, take=False)
+        verdict = await self._gates.admit(ask)
+        return None if verdict.reason is None else self._refusal(job, ask, verdict)
+
+    async def _patiently(
+        self,
+        job: Job,
+        ask: Ask,
+        catalogue: Catalogue,
+        read: Callable[[], Awaitable[Catalogue]],
+    ) -> Verdict:
+        """Ask, and again if the wait is short; raises if the catalogue changes meanwhile."""
+        loop = asyncio.get_running_loop()
+        patience_s = self._settings.gate_patience_s
+        if job.lane is Lane.BULK:
+            patience_s *= _BULK_PATIENCE
+        until = loop.time() + patience_s
+        while True:
+            verdict = await self._gates.admit(ask)
+            if verdict.reason not in _AT_LIMIT and verdict.reason is not Reason.COOLDOWN:
+                return verdict
+            if loop.time() + verdict.wait_s > until:
+                return verdict
+            await asyncio.sleep(verdict.wait_s)
+            if await read() is not catalogue:
+                raise _CatalogueChanged
+
+    async def _stand_in_line(
+        self, job: Job, needs: Needs, catalogue: Catalogue, refusals: list[_Refusal]
+    ) -> Plan | Held:
+        """Have the job wait for the candidate that may take it first, in its turn there."""
+        temporary = [one for one in refusals if one.wait_s is not None]
+        if not temporary:
+            too_long = all(one.provider.id in job.ruled_out for one in refusals)
+            why = ErrorClass.CONTEXT_TOO_LONG if too_long else ErrorClass.AUTH
+            return Held(None, _listed(refusals), why)
+        first = min(temporary, key=lambda one: one.wait_s or 0.0)
+        wait_s = first.wait_s or 0.0
+        if first.ask is not None and first.ask.take and first.verdict is not None:
+            if job.waited and first.verdict.reason in _AT_LIMIT:
+                # Its turn had come, and others were quicker: it comes back soon, with a few others.
+                wait_s += random.uniform(*_SOON_S[job.lane])  # noqa: S311 - no secret
+            else:
+                verdict = await self._gates.admit(replace(first.ask, line_up=True))
+                if verdict.reason is None:
+                    later = _later([one for one in temporary if one is not first])
+                    return self._plan(needs, catalogue, first.ask, verdict, later=later)
+                wait_s = verdict.wait_s
+        return Held(wait_s, _listed(refusals))
+
+    def _ask(
+        self,
+        job: Job,
+        needs: Needs,
+        catalogue: Catalogue,
+        provider: Provider,
+        *,
+        take: bool = True,
+    ) -> Ask:
+        return Ask(
+            attempt_id=new_id(),
+            provider=provider,
+            account_id=job.account_id,
+            lane=job.lane,
+            input_tokens=self._estimates.input_tokens(
+                provider.model,
+                needs.prompt_tokens,
+                has_attachments="vision" in needs.capabilities,
+            ),
+            output_tokens=answer_tokens(needs, catalogue.use_cases[job.use_case], provider),
+            is_retry=provider.id in job.tried,
+            take=take,
+        )
+
+    def _plan(
+        self,
+        needs: Needs,
+        catalogue: Catalogue,
+        ask: Ask,
+        verdict: Verdict,
+        *,
+        later: tuple[Provider, ...],
+        left: tuple[Provider, ...] = (),
+    ) -> Plan:
+        provider, max_tokens = ask.provider, ask.output_tokens
+        model = self._settings.baseline_model
+        baseline = price_card(baseline_provider(model), model)
+        return Plan(
+            provider=provider,
+            catalogue=catalogue,
+            attempt_id=ask.attempt_id,
+            verdict=verdict,
+            max_tokens=max_tokens,
+            prompt_tokens=needs.prompt_tokens,
+            input_tokens=ask.input_tokens,
+            reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
+            baseline_reserved_nano_usd=baseline.reserve_nano_usd(needs.prompt_tokens, max_tokens),
+            left=left,
+            later=later,
+        )
+
+    def _refusal(self, job: Job, ask: Ask, verdict: Verdict) -> _Refusal:
+        reason = verdict.reason
+        assert reason is not None
+        # Somebody waits for an interactive job: a refused key is worth telling at once.
+        for_good = reason is Reason.SUSPENDED and job.lane is Lane.INTERACTIVE
+        wait_s = None if for_good else verdict.wait_s
+        return _Refusal(ask.provider, _WORDS[reason], wait_s, verdict, ask)
+
+
+def after_failure(job: Job, plan: Plan, error_class: ErrorClass, cost_nano_usd: int) -> Job:
+    """Return the job as its next placement has to see it."""
+    row = plan.provider
+    if error_class is ErrorClass.RATE_LIMITED:
+        return job  # nothing was paid, and the gates know
+    return replace(
+        job,
+        attempts_used=job.attempts_used + 1,
+        cost_nano_usd=job.cost_nano_usd + cost_nano_usd,
+        tried=(*job.tried, row.id),
+        refused=(*job.refused, row.id),
+        ruled_out=(*job.ruled_out, *_ruled_out(job, plan, error_class)),
+    )
+
+
+def _ruled_out(job: Job, plan: Plan, error_class: ErrorClass) -> tuple[UUID, ...]:
+    """Return the rows that are never to get this job again."""
+    row = plan.provider
+    match error_class:
+        case ErrorClass.CONTEXT_TOO_LONG:
+            return tuple(
+                other.id
+                for other in plan.catalogue.providers
+                if other.model == row.model or other.context_tokens <= row.context_tokens
+            )
+        case ErrorClass.NOT_FOUND:
+            return (row.id,)
+        case ErrorClass.AUTH | ErrorClass.QUOTA if job.lane is Lane.INTERACTIVE:
+            return (row.id,)  # bulk work waits until somebody has seen to it
+        case _:
+            return ()
+
+
+def _later(refusals: list[_Refusal]) -> tuple[Provider, ...]:
+    return tuple(one.provider for one in refusals if one.wait_s is not None)
+
+
+def _worth_waiting(verdict: Verdict) -> bool:
+    return verdict.reason in _AT_LIMIT or (
+        verdict.reason is Reason.COOLDOWN and verdict.wait_s <= _BULK_REST_S
+    )
+
+
+def _pause_of(job: Job, catalogue: Catalogue) -> str:
+    if job.use_case in catalogue.pauses.use_cases:
+        return f"the use case {job.use_case} is paused"
+    return "the account is paused" if job.account_id in catalogue.pauses.accounts else ""
+
+
+def _listed(refusals: list[_Refusal]) -> str:
+    return "; ".join(f"{one.provider.name}: {one.why}" for one in refusals)
