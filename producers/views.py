@@ -97,7 +97,7 @@ SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS acc
                   + coalesce((SELECT c.amount_nano_usd FROM cost_entries c
                               WHERE c.attempt_id = t.id AND c.kind = 'correction'), 0)
                   AS cost_nano_usd
-           FROM attempts t WHERE t.job_id = j.id ORDER BY t.fence, t.number
+           FROM attempts t WHERE t.job_id = j.id ORDER BY t.fence, t.number, t.id
        ) AS one) AS history
 FROM jobs j JOIN accounts a ON a.id = j.account_id JOIN job_bodies b ON b.job_id = j.id
 LEFT JOIN results r ON r.job_id = j.id

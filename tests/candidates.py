@@ -63,7 +63,7 @@ def add_candidates(
 ) -> dict[str, list[Candidate]]:
     """Add candidates in the order in which they are to be asked, and take all others out of use.
 
-    accounts: new ones, whose own rows serve `general`. use_cases: new ones, with rows for everybody.
+    accounts: new ones, whose own rows serve `general`. use_cases: new ones, served for everybody.
     A string stands for a pool. Processes that run do not hear of it: start them afterwards.
     """
     engine = create_engine(rig.settings.database_dsn, poolclass=NullPool)

@@ -276,10 +276,9 @@ class GateModel:
         for lane, dimension, limit in self._limits(ask.provider, *lanes):
             reason = Reason.REQUESTS if dimension == "requests" else Reason.TOKENS
             need = needs.of(dimension)
-            level, burst = self.level(lane, dimension, limit, now)
-            wanted = need * MILLION if need * MILLION <= burst else 0
-            if level < wanted:
-                block(reason, (wanted - level) / (limit * REFILL) + 1)
+            level, _ = self.level(lane, dimension, limit, now)
+            if level < 0:
+                block(reason, -level / (limit * REFILL) + 1)
             reach = need
             for keeper in {ask.lane, lane}:
                 if self.kept[keeper].until_us > now:
@@ -288,8 +287,7 @@ class GateModel:
             if spent > 0 and spent + reach > limit:
                 wait_us = self._ring_wait(lane, dimension, max(0, limit - reach), now)
                 block(reason, wait_us)
-                if need * MILLION > burst:
-                    large.append((dimension, need, now + wait_us + 5 * MILLION))
+                large.append((dimension, need, now + wait_us + 5 * MILLION))
             step = max(step, need / (limit * REFILL) * MILLION)
         kept = self.kept[ask.lane]
         needs_before = dict(kept.needs) if kept.until_us > now else {}
@@ -304,11 +302,13 @@ class GateModel:
         levels = {}
         for lane, dimension, limit in self._limits(provider, *Lane):
             level, burst = self.level(lane, dimension, limit, now)
-            after = level - taken.of(dimension) * MILLION
-            if lane is not taken.lane:
-                # Bulk does not put voice into debt, and voice takes nothing of bulk's share.
-                after = level if lane is Lane.BULK else max(after, min(level, 0))
-            levels[lane, dimension] = min(burst, after)
+            need = taken.of(dimension) * MILLION
+            after = min(level, max(0, burst - need)) - need
+            if lane is Lane.BULK and taken.lane is not Lane.BULK:
+                after = level
+            elif lane is not taken.lane and need > burst:
+                after = min(level, 0)
+            levels[lane, dimension] = after
         self.levels |= levels
         self.filled = now
 
@@ -381,8 +381,7 @@ class GateModel:
         if report.outcome in CUTS and may_cut:
             if call.taken.at_us > self.cut_at and now - self.cut_at >= MILLION:
                 in_flight = self.in_flight(now, *Lane)
-                cap = max(1, math.floor(in_flight * 0.7)) * MILLION
-                self.cap = cap if self.cap is None else min(cap, self.cap)
+                self.cap = max(1, math.floor(in_flight * 0.7)) * MILLION
                 self.cut_from = in_flight
                 self.cut_at = now
         elif report.outcome is Outcome.SUCCEEDED and self.cap is not None:
@@ -411,6 +410,7 @@ class GateModel:
         call.taken.input += more.input
         call.taken.output += more.output
         left = report.headroom
+        like_this = Taken(now, call.lane, 1, *reserved)
         is_corrected = any(more.of(dimension) for dimension in ("requests", "input", "output"))
         if not self.filled or not (is_corrected or left):
             return
@@ -422,7 +422,8 @@ class GateModel:
             if lane is Lane.INTERACTIVE and left is not None:
                 suffix = "_tokens" if dimension in {"input", "output"} else ""
                 says = getattr(left, dimension + suffix)
-                level = level if says is None else min(level, says * MILLION)
+                if says is not None:
+                    level = min(level, (says - like_this.of(dimension)) * MILLION)
             levels[lane, dimension] = min(burst, level)
         self.levels |= levels
         self.filled = now
@@ -440,6 +441,13 @@ class GateModel:
                 call.lease_us = now + self.limits.lease_us
             if self.probes.get(attempt, 0) > now:
                 self.probes[attempt] = now + self.limits.lease_us
+
+    def lift(self, account: UUID | None, now: int) -> None:
+        for until, suspended in sorted((until, one) for one, until in self.suspended.items()):
+            if account in {None, suspended}:
+                del self.suspended[suspended]
+                if until > now:
+                    self.changes.append(("suspension", str(suspended), "suspended", "active"))
 
     def reset(self) -> None:
         if self.state != "closed":

@@ -334,7 +334,7 @@ class Rig:
                        count(*) FILTER (WHERE kind = 'correction') AS corrections,
                        sum(amount_nano_usd)::bigint AS booked
                 FROM cost_entries GROUP BY attempt_id) e ON e.attempt_id = a.id
-            WHERE a.job_id = ANY(%(ids)s) ORDER BY a.job_id, a.fence
+            WHERE a.job_id = ANY(%(ids)s) ORDER BY a.job_id, a.fence, a.id
         """
         for row in self.rows(statement, ids=list(job_ids)):
             found[row.job_id].append(row)

@@ -20,7 +20,7 @@ from sluicegate.shared.routing import Needs, answer_tokens, needs_of, route
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.claims import Job
 from sluicegate.workers.estimates import TokenEstimates
-from sluicegate.workers.gates import Gates
+from sluicegate.workers.gates import UNASKED, Gates
 from sluicegate.workers.presence import Presence
 
 #: What is paused waits until somebody resumes it, which wakes it; this is for a wake-up lost.
@@ -103,6 +103,7 @@ class _Refusal:
     #: What the gates said, and to what; None: they were not asked, or only for another pool.
     verdict: Verdict | None = None
     ask: Ask | None = None
+    is_served: bool = True
 
 
 class _CatalogueChanged(Exception):
@@ -169,22 +170,23 @@ class Placement:
                 refusals.append(refusal)
                 continue
             if provider.provider != pool:
-                queue = queue_name(job.use_case, provider.provider, job.lane)
-                refusal = await self._look(job, needs, catalogue, provider, queue)
+                refusal = await self._look(job, needs, catalogue, provider)
                 if refusal is None:
-                    return HandOff(queue, (*job.refused, *(one.provider.id for one in refusals)))
+                    refused = (*job.refused, *(one.provider.id for one in refusals))
+                    return HandOff(_queue_of(job, provider), refused)
                 refusals.append(refusal)
                 continue
             ask = self._ask(job, needs, catalogue, provider)
             verdict = await self._patiently(job, ask, catalogue, read)
             if verdict.reason is None:
-                left = tuple(
+                left = [
                     other
                     for other in candidates[at + 1 :]
                     if self._known_refusal(job, catalogue, other, said) is None
-                )
+                    and (other.provider == pool or await self._serves(job, other))
+                ]
                 later = _later(refusals)
-                return self._plan(needs, catalogue, ask, verdict, left=left, later=later)
+                return self._plan(needs, catalogue, ask, verdict, left=tuple(left), later=later)
             refusals.append(self._refusal(job, ask, verdict))
             if job.lane is Lane.BULK and _worth_waiting(verdict):
                 break
@@ -212,12 +214,16 @@ class Placement:
         rest_s = settings.retry_base_s * 2.0 ** min(len(job.tried), 10)
         return min(rest_s, settings.retry_max_s)
 
+    async def _serves(self, job: Job, provider: Provider) -> bool:
+        return await self._presence.serves(_queue_of(job, provider))
+
     async def _look(
-        self, job: Job, needs: Needs, catalogue: Catalogue, provider: Provider, queue: str
+        self, job: Job, needs: Needs, catalogue: Catalogue, provider: Provider
     ) -> _Refusal | None:
         """Ask for another pool's candidate: it admits for itself, once the job is there."""
-        if not await self._presence.serves(queue):
-            return _Refusal(provider, f"no worker serves {queue}", _UNSERVED_S)
+        if not await self._serves(job, provider):
+            why = f"no worker serves {_queue_of(job, provider)}"
+            return _Refusal(provider, why, _UNSERVED_S, is_served=False)
         ask = self._ask(job, needs, catalogue, provider, take=False)
         verdict = await self._gates.admit(ask)
         return None if verdict.reason is None else self._refusal(job, ask, verdict)
@@ -250,6 +256,9 @@ class Placement:
     ) -> Plan | Held:
         """Have the job wait for the candidate that may take it first, in its turn there."""
         temporary = [one for one in refusals if one.wait_s is not None]
+        if job.lane is Lane.INTERACTIVE and len(temporary) < len(refusals):
+            # A pool without workers is no reason to keep bad news from whoever waits.
+            temporary = [one for one in temporary if one.is_served]
         if not temporary:
             too_long = all(one.provider.id in job.ruled_out for one in refusals)
             why = ErrorClass.CONTEXT_TOO_LONG if too_long else ErrorClass.AUTH
@@ -332,7 +341,8 @@ def after_failure(job: Job, plan: Plan, error_class: ErrorClass, cost_nano_usd: 
     """Return the job as its next placement has to see it."""
     row = plan.provider
     if error_class is ErrorClass.RATE_LIMITED:
-        return job  # nothing was paid, and the gates know
+        # Nothing was paid, and the gates know, if there were any.
+        return replace(job, refused=(*job.refused, row.id)) if plan.verdict is UNASKED else job
     return replace(
         job,
         attempts_used=job.attempts_used + 1,
@@ -362,7 +372,11 @@ def _ruled_out(job: Job, plan: Plan, error_class: ErrorClass) -> tuple[UUID, ...
 
 
 def _later(refusals: list[_Refusal]) -> tuple[Provider, ...]:
-    return tuple(one.provider for one in refusals if one.wait_s is not None)
+    return tuple(one.provider for one in refusals if one.wait_s is not None and one.is_served)
+
+
+def _queue_of(job: Job, provider: Provider) -> str:
+    return queue_name(job.use_case, provider.provider, job.lane)
 
 
 def _worth_waiting(verdict: Verdict) -> bool:

@@ -85,7 +85,7 @@ class RetryPolicy:
         The wait is full jitter over an exponential backoff, as Celery computes it, and never
         shorter than what the provider asked for.
         """
-        if error_class is ErrorClass.RATE_LIMITED and gated:
+        if error_class is ErrorClass.RATE_LIMITED and (gated or others):
             # Nothing was paid, and the fleet has heard of it: the gates say how long to wait.
             return Next()
         if error_class in _NOT_HERE | _LOCKED_OUT:
@@ -97,7 +97,8 @@ class RetryPolicy:
             return GiveUp(f"all {max_attempts} attempts are used")
         if others and (error_class in _TROUBLED or tries_here >= _TRIES_HERE):
             return Next()
-        after_s = max(self._backoff_s(tries_here), retry_after_s or 0.0)
+        least_s = self.base_s if error_class is ErrorClass.RATE_LIMITED else 0.0
+        after_s = max(self._backoff_s(tries_here), least_s, retry_after_s or 0.0)
         if others and after_s > self.base_s and error_class in _PASSING:
             return Next()
         if after_s < left_s:
@@ -110,6 +111,9 @@ class RetryPolicy:
     def _backoff_s(self, tries_here: int) -> float:
         # Counted in Celery's whole seconds, stretched by ours.
         units = get_exponential_backoff_interval(
-            factor=1000, retries=tries_here - 1, maximum=round(1000 * self.max_s), full_jitter=True
+            factor=1000,
+            retries=max(0, tries_here - 1),
+            maximum=round(1000 * self.max_s),
+            full_jitter=True,
         )
         return min(units / 1000 * self.base_s, self.max_s)

@@ -132,7 +132,7 @@ local function wait_for_ring(full)
 end
 
 -- Room for a large call: one that found none lowers, for a moment, how far the calls of its lane
--- fill the ring, to where it fits itself. Else small ones would keep it out for ever.
+-- fill the ring, to where it fits itself. Else smaller ones would keep it out for ever.
 local function kept_for(lane)
     local kept = row['kept:' .. lane] and cjson.decode(row['kept:' .. lane])
     return kept and kept[1] > now and { 0, kept[2], kept[3], kept[4] } or { 0, 0, 0, 0 }
@@ -154,12 +154,10 @@ if is_limited then
             if limit then
                 local code = dimension == REQUESTS and REQUESTS_FULL or TOKENS_FULL
                 local need = needs[dimension]
-                local level, burst = level_of(whose, dimension, limit)
-                -- What is larger than a burst goes into debt: small ones cannot starve it.
-                local is_large = need * MILLION > burst
-                local wanted = is_large and 0 or need * MILLION
-                if level < wanted then
-                    block(code, (wanted - level) / (limit * REFILL) + 1)
+                local level = level_of(whose, dimension, limit)
+                -- One threshold for large and small: neither can starve the other.
+                if level < 0 then
+                    block(code, -level / (limit * REFILL) + 1)
                 end
                 local reach = math.max(need, kept[dimension])
                 if whose == ALL then
@@ -168,7 +166,7 @@ if is_limited then
                 -- What is larger than the limit goes alone.
                 if spent[dimension] > 0 and spent[dimension] + reach > limit then
                     full[#full + 1] = { code = code, whose = whose, dimension = dimension,
-                        room = math.max(0, limit - reach), is_large = is_large }
+                        room = math.max(0, limit - reach) }
                 end
                 step = math.max(step, need / (limit * REFILL) * MILLION)
             end
@@ -189,7 +187,7 @@ end
 if reason > 0 then
     for _, one in ipairs(full) do
         local need = needs[one.dimension]
-        if one.is_large and one.code == TOKENS_FULL and need >= kept[one.dimension] then
+        if one.code == TOKENS_FULL and need >= kept[one.dimension] then
             kept[one.dimension] = need
             local kept_until = now + one.wait_us + KEPT_US
             set('kept:' .. CALL.lane,
@@ -227,16 +225,17 @@ end
 set('retries_at', now)
 
 if step > 0 then
-    set_levels(function(whose, dimension, level)
+    set_levels(function(whose, dimension, level, burst)
         if whose == BULK_ONLY and not is_bulk then
             return level
         end
-        local after = level - needs[dimension] * MILLION
-        if whose == ALL and is_bulk then
-            -- A large bulk call is the bulk lane's debt: voice does not wait until it is paid.
-            after = math.max(after, math.min(level, 0))
+        local need = needs[dimension] * MILLION
+        if need > burst and is_bulk and whose == ALL then
+            -- It is the bulk lane's debt: voice does not wait until it is paid.
+            return math.min(level, 0)
         end
-        return after
+        -- The call may go into debt, so a burst has to leave it room.
+        return math.min(level, math.max(0, burst - need)) - need
     end)
     local here = ring_at == slot and redis.call('HGET', ROW, slot_name(slot))
     here = here and cjson.decode(here) or { 0, 0, 0, 0, 0, 0 }

@@ -1,10 +1,11 @@
 -- Lets an account, or with an empty one all of them, use a provider row again.
 
-local SUSPENDED, CHANGES = KEYS[1], KEYS[2]
-local PROVIDER_ID, ACCOUNT, REASON = ARGV[1], ARGV[2], ARGV[3]
+local ROW, SUSPENDED, CHANGES = KEYS[1], KEYS[2], KEYS[3]
+local PROVIDER_ID, ACCOUNT, REASON, OFFSET_US = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 
 local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+local now = time[1] * 1000000 + time[2] + OFFSET_US
+now = math.max(now, tonumber(redis.call('HGET', ROW, 'last') or 0))
 local lifted = 0
 for _, account in ipairs(redis.call('ZRANGE', SUSPENDED, 0, -1)) do
     if ACCOUNT == '' or ACCOUNT == account then

@@ -53,4 +53,5 @@ def row_limits(provider: Provider) -> dict[str, int]:
         "output": provider.output_tokens_per_minute,
         "concurrent": provider.max_concurrent,
     }
-    return {name: limit for name, limit in limits.items() if limit is not None}
+    # Less than one would be never, which is what a pause is for.
+    return {name: max(1, limit) for name, limit in limits.items() if limit is not None}

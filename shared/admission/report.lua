@@ -128,8 +128,7 @@ if CUTS[CALL.outcome] and is_current and not is_probe then
     -- Once for calls that left together, and not more often than every second.
     if admitted_at > cut_at and now - cut_at >= CUT_EVERY_US then
         local in_flight = live(FLIGHT) + live(BULK)
-        local cap = math.max(1, math.floor(in_flight * 0.7)) * MILLION
-        set('cap', math.min(cap, row.cap or cap))
+        set('cap', math.max(1, math.floor(in_flight * 0.7)) * MILLION)
         set('cut_from', in_flight)
         set('cut_at', now)
     end
@@ -161,6 +160,7 @@ if CALL.outcome == 'returned' then
 end
 local more = { requests, input - CALL.reserved_input, output - CALL.reserved_output }
 local more_of = by_dimension(unpack(more))
+local reserved_of = by_dimension(1, CALL.reserved_input, CALL.reserved_output)
 local is_corrected = more[1] ~= 0 or more[2] ~= 0 or more[3] ~= 0
 if row.filled and (is_corrected or CALL.left) then
     set_levels(function(whose, dimension, level)
@@ -168,8 +168,8 @@ if row.filled and (is_corrected or CALL.left) then
             level = level - more_of[dimension] * MILLION
         end
         if whose == ALL and left_of[dimension] then
-            -- Headers only ever lower it.
-            level = math.min(level, left_of[dimension] * MILLION)
+            -- Headers only ever lower it, to where there is room for another call like this one.
+            level = math.min(level, (left_of[dimension] - reserved_of[dimension]) * MILLION)
         end
         return level
     end)

@@ -136,7 +136,7 @@ local function set_levels(levels_after)
             local after = 'false'
             if limit then
                 local level, burst = level_of(whose, dimension, limit)
-                after = text(math.min(burst, levels_after(whose, dimension, level)))
+                after = text(math.min(burst, levels_after(whose, dimension, level, burst)))
             end
             packed[#packed + 1] = after
         end

@@ -139,17 +139,20 @@ def lift_suspension(
     account_id: UUID | None = None,
     *,
     reason: str = "lifted",
+    clock_offset_us: int = 0,
 ) -> int:
     """Let an account (None: all) use the row again; return how many were suspended."""
     return cast(
         "int",
         client.eval(
             keys.LIFT.source,
-            2,
+            3,
+            keys.row_key(prefix, provider_id),
             keys.suspended_key(prefix, provider_id),
             keys.changes_key(prefix),
             str(provider_id),
             "" if account_id is None else str(account_id),
             reason,
+            clock_offset_us,
         ),
     )

@@ -34,6 +34,9 @@ def module_rig(
 
 @pytest.fixture
 def rig(module_rig: Rig, sandbox: SandboxControl) -> Rig:
-    """Return the module's rig, the sandbox's books empty and its pace as usual."""
+    """Return the module's rig: the sandbox's books empty, its pace as usual, all gates open."""
     assert module_rig.sandbox is sandbox
+    # What a test did to a provider would otherwise hold back the next one's jobs.
+    for key in module_rig.redis.scan_iter(match=f"{module_rig.settings.redis_prefix}gate:*"):
+        module_rig.redis.delete(key)
     return module_rig

@@ -12,8 +12,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
 from sluicegate import JobExpired, JobFailed
+from sluicegate.shared.admission.states import lift_suspension
 from sluicegate.shared.gate_changes import pull_lever, set_pause
-from sluicegate.shared.jobs import JobError
+from sluicegate.shared.jobs import JobError, Lane
 from sluicegate.shared.provider_changes import find_provider
 from tests.candidates import Candidate, Wanted, add_candidates, other
 from tests.harness import Rig
@@ -66,6 +67,7 @@ def _scenes(pool: str) -> dict[str, Sequence[Wanted | str]]:
         "closed": (pool, other(pool), pool, other(pool)),
         "throttled": (pool,),
         "recovering": (pool,),
+        "patient": (pool,),
     }
 
 
@@ -87,6 +89,7 @@ def scenes(module_rig: Rig) -> Scenes:
     for pool in POOLS:
         _close(rig, found[f"closed-{pool}"])
     workers = [rig.begin_worker(pool, ["general", *shared]) for pool in POOLS]
+    workers.append(rig.begin_worker(POOLS[0], ["general"], Lane.BULK))
     rig.start_sweep()
     for worker in workers:
         rig.await_worker(worker)
@@ -188,6 +191,19 @@ def test_a_refused_account_is_suspended_there_and_no_other(
         return True
 
     eventually(alerted)
+
+
+def test_a_bulk_job_waits_until_its_account_is_let_in_again(rig: Rig, scenes: Scenes) -> None:
+    account = f"patient-{POOLS[0]}"
+    (only,) = scenes[account]
+    rule = rig.sandbox.add_fault("http_401", model=only.model)
+    (job_id,) = rig.submit("general", 1, account=account, lane="bulk")
+    _await_parked(rig, job_id, f"{only.name}: it refused this account's key or quota")
+    rig.sandbox.remove_fault(rule)
+    assert lift_suspension(rig.redis, rig.settings.redis_prefix, only.id) == 1
+    assert rig.client.handle(job_id).result(WAIT_S).provider == only.name
+    assert _history(rig, job_id) == [(only.model, "auth"), (only.model, None)]
+    rig.check_books([job_id])
 
 
 @pytest.mark.parametrize("fault", LATER)

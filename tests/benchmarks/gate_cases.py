@@ -76,10 +76,14 @@ class Limits(GateCase):
 
     def measure(self, stage: Stage, seconds: float, *, tiny: bool) -> Figures:
         """Watch a minute, or as little as `seconds` when all is tiny; then some voice jobs."""
-        window_s = seconds if tiny else max(seconds, _MINUTE_S)
-        return self._shared(stage, window_s) | self._voice(stage, seconds)
+        shared = (
+            self._shared(stage, seconds, workers=2)
+            if tiny
+            else self._shared(stage, max(seconds, _MINUTE_S), workers=4)
+        )
+        return shared | self._voice(stage, seconds)
 
-    def _shared(self, stage: Stage, window_s: float) -> Figures:
+    def _shared(self, stage: Stage, window_s: float, *, workers: int) -> Figures:
         stage.clear(latency_ms=300)
         stage.limit(
             MODEL,
@@ -88,7 +92,7 @@ class Limits(GateCase):
         )
         jobs = round(self.requests_per_minute * (window_s / _MINUTE_S) * 1.2) + 50
         with (
-            _fleet(stage, [Lane.INTERACTIVE] * 4),
+            _fleet(stage, [Lane.INTERACTIVE] * workers),
             Sluice(settings=stage.settings) as sluice,
         ):
             sluice.submit_many(USE_CASE, map(_short, range(jobs)), deadline=3600)

@@ -55,9 +55,13 @@ def module_rig(
 
 
 @pytest.fixture
-def rig(module_rig: Rig, sandbox: SandboxControl) -> Rig:
+def rig(module_rig: Rig, sandbox: SandboxControl) -> Iterator[Rig]:
     assert module_rig.sandbox is sandbox
-    return module_rig
+    yield module_rig
+    sandbox.clear_limits()
+    # The gates remember a minute.
+    for key in module_rig.redis.scan_iter(match=f"{module_rig.settings.redis_prefix}gate:*"):
+        module_rig.redis.delete(key)
 
 
 @pytest.fixture
@@ -170,7 +174,6 @@ def test_parked_jobs_cost_workers_no_memory_and_come_back_in_turn(
     assert sluice("breaker", "reset", PRIMARY).code == 0
     rig.await_over(ids, 900 if FULL else 90)
     (shown,) = rig.sandbox.limits()
-    rig.sandbox.clear_limits()
     record_property("at_most_in_5_s", shown["peak"]["requests"])
     assert shown["refused"] == {}
     assert rig.states(ids) == {"succeeded": len(ids)}

@@ -155,12 +155,12 @@ def test_statuses(status: int, body: dict[str, Any] | None, error_class: ErrorCl
     ("error", "error_class"),
     [
         (claude_error("overloaded_error")["error"], E.OVERLOADED),
-        (claude_error("rate_limit_error")["error"], E.RATE_LIMITED),
+        (claude_error("rate_limit_error")["error"], E.OVERLOADED),
         (
             claude_error("rate_limit_error", code="enforced_spend_limit_reached")["error"],
             E.QUOTA,
         ),
-        (gpt_error(code="rate_limit_exceeded")["error"], E.RATE_LIMITED),
+        (gpt_error(code="rate_limit_exceeded")["error"], E.OVERLOADED),
         (gpt_error(code="insufficient_quota")["error"], E.QUOTA),
         (gpt_error(code="context_length_exceeded")["error"], E.CONTEXT_TOO_LONG),
         (gpt_error(code="content_filter")["error"], E.CONTENT_FILTER),

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import fakeredis
 import pytest
-from fakeredis import aioredis
 
 from sluicegate.shared.settings import Settings
-from tests.gate_machine import BREAKER, LIMITS, TINY, Server, run_machine
+from tests.gate_machine import ROWS, run_machine
+from tests.gate_row import Server
+from tests.harness import FULL
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    fake = fakeredis.FakeServer()
-    server = Server(fakeredis.FakeRedis(server=fake), aioredis.FakeRedis(server=fake))
-    yield server
-    server.close()
-
-
-@pytest.mark.parametrize("limits", [BREAKER, LIMITS, TINY], ids=["breaker", "limits", "tiny"])
-def test_gate_does_as_its_model(server: Server, limits: dict[str, Any]) -> None:
-    settings = Settings(_env_file=None, redis_prefix="test:")
-    run_machine(server, settings, limits, examples=25, steps=40)
+@pytest.mark.timeout(1800 if FULL else 120)
+@pytest.mark.parametrize("kind", ROWS)
+def test_gate_does_as_its_model(gate_server: Server, gate_settings: Settings, kind: str) -> None:
+    run_machine(gate_server, gate_settings, kind)

@@ -71,8 +71,14 @@ def test_a_stumble_gets_one_more_try_at_the_same_provider(error_class: ErrorClas
 def test_a_429_is_a_matter_for_the_gates() -> None:
     assert _decide(ErrorClass.RATE_LIMITED) == Next()
     assert _decide(ErrorClass.RATE_LIMITED, attempts_used=4, retry_after_s=3000) == Next()
-    # Nobody could ask them: we wait by ourselves, as long as the provider says.
+    # Nobody could ask them: another is asked, or we wait by ourselves, as the provider says.
+    assert _decide(ErrorClass.RATE_LIMITED, gated=False, others=True) == Next()
     assert _decide(ErrorClass.RATE_LIMITED, gated=False, retry_after_s=20) == Retry(20)
+    match _decide(ErrorClass.RATE_LIMITED, gated=False, tries_here=0):
+        case Retry(after_s):
+            assert after_s >= POLICY.base_s
+        case other:
+            raise AssertionError(other)
 
 
 @pytest.mark.parametrize("error_class", [ErrorClass.AUTH, ErrorClass.QUOTA])
@@ -104,7 +110,7 @@ def test_a_wait_past_the_deadline_is_not_begun() -> None:
 
 @given(
     error_class=st.sampled_from(list(ErrorClass)),
-    tries_here=st.integers(1, 30),
+    tries_here=st.integers(0, 30),
     others=st.booleans(),
     attempts_used=st.integers(1, 30),
     max_attempts=st.integers(1, 20),

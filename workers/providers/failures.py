@@ -203,11 +203,13 @@ def fault_of_error(
 ) -> Fault:
     """Classify an error object inside a 200: a stream's error event, or a body that is one.
 
-    Only what names an overload, a filter, a limit of rate, money or length is that; any other error
-    of a provider that had already said 200 is `otherwise`.
+    Only what names an overload, a filter, a limit of money or length is that; any other error of a
+    provider that had already said 200 is `otherwise`. One that has begun and names a limit of rate
+    cannot bear its load: a 429 is refused before anything is generated, and costs nothing.
     """
+    named = _named_class(error)
     return Fault(
-        _named_class(error) or otherwise,
+        ErrorClass.OVERLOADED if named is ErrorClass.RATE_LIMITED else named or otherwise,
         f"{provider} reported an error after it had begun to answer",
         words=_words(error),
         status=status,
