@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 from uuid import UUID
 
@@ -27,7 +28,7 @@ from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.admission.states import BreakerState, GateState, lift_suspension, reset
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.settings import Settings
-from tests.gate_model import DIMENSIONS, MILLION, GateModel
+from tests.gate_model import DIMENSIONS, MILLION, SLOT_US, SLOTS, GateModel, Taken
 from tests.gate_row import ACCOUNT, OTHER_ACCOUNT, ROW_ID, GateRow, Server
 from tests.harness import FULL
 
@@ -64,7 +65,8 @@ class GateMachine(RuleBasedStateMachine):
 
     def _admit(self, ask: Ask) -> Verdict:
         (verdict,) = self.row.admit(ask)
-        assert verdict == self.model.admit(ask, self.now, self.row.chance.ppm), ask
+        expected = self.model.admit(ask, self.now, self.row.chance.ppm)
+        assert verdict == expected, f"{verdict} is not {expected}: {ask}"
         assert (verdict.reason is None) == (verdict.wait_s == 0)
         if ask.take:
             self.asked.append(ask)
@@ -328,14 +330,9 @@ class GateMachine(RuleBasedStateMachine):
             levels = [model.levels.get(place, False) for place in places]
             assert json.loads(row[b"levels"]) == levels
         if model.ring:
-            everything = [[one.requests, one.input, one.output] for one in model.ring]
-            bulk = [
-                [one.requests, one.input, one.output] for one in model.ring if one.lane is Lane.BULK
-            ]
-            sums = [
-                sum(column) for some in (everything, bulk) for column in zip(*some, strict=True)
-            ]
-            assert json.loads(row[b"ring"])[1:] == [*sums, 0, 0, 0][:6]
+            assert json.loads(row[b"ring"])[1:] == _sums(model.ring)
+        for slot, ring in itertools.groupby(model.ring, lambda one: one.at_us // SLOT_US):
+            assert json.loads(row[b"slot:%d" % (slot % SLOTS)]) == _sums(ring)
         assert row.get(b"cap") == (None if model.cap is None else b"%d" % model.cap)
         assert int(row.get(b"retries", 10 * MILLION)) == model.retries
         assert model.changes == [change[:4] for change in self.row.changes]
@@ -352,6 +349,17 @@ class GateMachine(RuleBasedStateMachine):
         verdict = self._admit(self.row.new(Lane.BULK))
         assert verdict.reason is None
         assert verdict.is_probe != was_closed
+
+
+def _sums(ring: Iterable[Taken]) -> list[int]:
+    """Return requests, input and output tokens: of all, and of bulk."""
+    sums = [0] * 6
+    for taken in ring:
+        for place, amount in enumerate([taken.requests, taken.input, taken.output]):
+            sums[place] += amount
+            if taken.lane is Lane.BULK:
+                sums[place + 3] += amount
+    return sums
 
 
 def _changed(ask: Ask, **values: Any) -> Ask:

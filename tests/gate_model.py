@@ -103,6 +103,8 @@ class GateModel:
         self.state = state
         self.generation += 1
         self.streak = 0
+        if state == "closed":
+            self.line = dict.fromkeys(Lane, 0)
         self.window = []
         self.probes = {}
 

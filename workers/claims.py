@@ -51,7 +51,8 @@ SELECT held.id, held.claim_id, held.fence, held.account_id, held.use_case, held.
        held.refused, held.ruled_out, held.run_at > held.created_at AS waited,
        CASE WHEN held.attempts_used > 0 THEN ARRAY(
            SELECT a.provider_id FROM attempts a
-           WHERE a.job_id = held.id AND a.state = 'failed' AND a.error_class <> 'rate_limited')
+           WHERE a.job_id = held.id AND a.state = 'failed' AND a.error_class <> 'rate_limited'
+           ORDER BY a.dispatched_at DESC LIMIT held.attempts_used)
        END AS tried,
        extract(epoch FROM held.deadline_at - now())::float8 AS left_s,
        b.request::text AS request

@@ -60,6 +60,8 @@ class Holding:
     channel: Channel
     #: What those who said no have said, by row: why the job waited or failed.
     said: dict[UUID, str] = field(default_factory=dict)
+    #: Of the last call that failed.
+    error_class: ErrorClass | None = None
 
     @property
     def reasons(self) -> str:
@@ -168,7 +170,12 @@ class Execution:
         """Take the job from candidate to candidate until one answers, or it has to wait."""
         holding = Holding(self._parts.replies.channel(job.id, job.fence))
         while True:
-            place = await self._place(job, holding)
+            try:
+                place = await self._place(job, holding)
+            except asyncio.CancelledError:
+                if not self.stopping:
+                    await self._end(job, outcomes.failed(job, State.CANCELLED, _CANCELLED))
+                raise
             if not isinstance(place, Plan):
                 return await self._end(job, place)
             step = await self._attempt(job, place, holding)
@@ -200,7 +207,8 @@ class Execution:
             case HandOff(queue, refused):
                 return outcomes.handed_off(replace(job, refused=refused), queue)
             case Held(None, why, error_class):
-                error = outcomes.refusal(f"nobody can take it: {why}", error_class)
+                known = holding.error_class or error_class
+                error = outcomes.refusal(f"nobody can take it: {why}", known)
                 return outcomes.failed(job, State.FAILED, error)
             case Held(after_s, why):
                 return outcomes.parked(job, after_s or 0.0, why)
@@ -223,13 +231,16 @@ class Execution:
             reserved_nano_usd=plan.reserved_nano_usd,
             baseline_reserved_nano_usd=plan.baseline_reserved_nano_usd,
         )
-        if not await parts.dispatcher.open(attempt):
-            parts.gates.report(reports.returned(job, plan))
+        returned = reports.returned(job, plan)
+        with parts.gates.giving_back(returned):
+            opened = await parts.dispatcher.open(attempt)
+        if not opened:
+            parts.gates.report(returned)
             return None  # another's by now
         failpoint("dispatched")
         if not parts.heartbeat.valid:
             # The statement took so long that this worker may have been declared dead meanwhile.
-            parts.gates.report(reports.returned(job, plan))
+            parts.gates.report(returned)
             return await self._end(job, outcomes.released(job, attempt))
         try:
             return await self._call(job, plan, attempt, holding)
@@ -247,10 +258,12 @@ class Execution:
         self, job: Job, plan: Plan, attempt: Attempt, holding: Holding
     ) -> Job | Again | None:
         parts, channel = self._parts, holding.channel
+        returned = reports.returned(job, plan)
         if job.lane is Lane.INTERACTIVE:
-            await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
+            with parts.gates.giving_back(returned):
+                await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
         if job.id in self._unwanted:
-            parts.gates.report(reports.returned(job, plan))
+            parts.gates.report(returned)
             return await self._end(job, outcomes.released(job, attempt))
         try:
             answer = await parts.caller.call(job, plan, channel)
@@ -289,6 +302,7 @@ class Execution:
         settings = self._parts.settings
         ended = outcomes.ended_attempt(attempt, plan.provider, error, settings.baseline_model)
         holding.said[plan.provider.id] = str(error).rstrip(".")
+        holding.error_class = error.error_class
         taught = after_failure(job, plan, error.error_class, ended.get("amount_nano_usd", 0))
         # What this one never takes, those may that rest or have failed just now.
         asked = plan.left if error.error_class.transient else (*plan.left, *plan.later)
@@ -302,7 +316,8 @@ class Execution:
             retry_after_s=error.retry_after_s,
             left_s=job.deadline_s - asyncio.get_running_loop().time(),
             gated=plan.verdict is not UNASKED,
-            patient=job.lane is Lane.BULK,
+            # A key that we do not have is ours to repair, and is not suspended anywhere.
+            patient=job.lane is Lane.BULK and error.sent,
         )
         match decision:
             case Next():
@@ -368,7 +383,7 @@ class Execution:
             published_at=settled.published_at,
             fence=job.fence,
         )
-        return Again(message, settlement["after_s"], settled.queue != job.queue)
+        return Again(message, settlement.get("after_s", 0.0), settled.queue != job.queue)
 
     async def _tell(
         self, job: Job, body: dict[str, Any], settled: Settled, channel: Channel | None = None

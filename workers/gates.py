@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from uuid import UUID
 
 import redis.asyncio
@@ -65,6 +66,15 @@ class Gates:
         if ask.take and verdict.reason is None:
             self._in_flight[ask.provider.id].add(ask.attempt_id)
         return verdict
+
+    @contextmanager
+    def giving_back(self, returned: Report) -> Iterator[None]:
+        """Give an admission back if its call does not come to leave."""
+        try:
+            yield
+        except BaseException:
+            self.report(returned)
+            raise
 
     async def report_now(self, report: Report) -> None:
         """Say how an admitted call ended, and wait until the next ask will find it."""

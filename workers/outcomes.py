@@ -7,7 +7,7 @@ from typing import Any
 from sluicegate.shared import endings
 from sluicegate.shared.catalogue import Provider
 from sluicegate.shared.errors import ErrorClass
-from sluicegate.shared.jobs import AttemptState, State
+from sluicegate.shared.jobs import AttemptState, Lane, State
 from sluicegate.shared.messages import Usage
 from sluicegate.shared.pricing import PRICE_VERSION, baseline_nano_usd
 from sluicegate.workers.claims import Job
@@ -99,7 +99,9 @@ def failed(
 def again(job: Job, after_s: float, ended: Settlement, held_back: str | None) -> Settlement:
     """Have the job called for again later; `held_back` is why it waits in Postgres until then."""
     state = State.QUEUED if held_back is None else State.PARKED
-    waits = {"after_s": after_s, "refused": job.refused, "held_back": held_back}
+    waits: Settlement = {"after_s": after_s, "held_back": held_back}
+    if held_back is None:
+        waits["refused"] = job.refused
     return _move(job, state) | ended | waits
 
 
@@ -110,13 +112,13 @@ def kept(job: Job, ended: Settlement) -> Settlement:
 
 
 def handed_off(job: Job, queue: str) -> Settlement:
-    """Pass the job to another pool's queue."""
-    return _move(job, State.QUEUED) | {
-        "after_s": 0.0,
-        "queue": queue,
-        "refused": job.refused,
-        "ruled_out": job.ruled_out,
-    }
+    """Pass the job to another pool's queue; it keeps its place, being due already.
+
+    Bulk work goes through the stager, which bounds what waits in a queue.
+    """
+    state = State.PARKED if job.lane is Lane.BULK else State.QUEUED
+    said = {"refused": job.refused, "ruled_out": job.ruled_out}
+    return _move(job, state) | said | {"queue": queue}
 
 
 def parked(job: Job, after_s: float, why: str) -> Settlement:
@@ -131,7 +133,7 @@ def parked(job: Job, after_s: float, why: str) -> Settlement:
 def released(job: Job, attempt: Attempt | None = None) -> Settlement:
     """Give the job back: its call certainly never left. One that is unwanted ends with that."""
     ended = {} if attempt is None else _ended(attempt, AttemptState.VOID)
-    return _move(job, State.QUEUED) | ended | {"after_s": 0.0}
+    return _move(job, State.QUEUED) | ended
 
 
 def actual(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from uuid import UUID
@@ -21,12 +23,13 @@ from sluicegate.shared.settings import Settings
 from sluicegate.workers.claims import Job
 from sluicegate.workers.estimates import TokenEstimates
 from sluicegate.workers.gates import UNASKED, Gates
+from sluicegate.workers.held_back import FOR_GOOD, FORCED_OPEN, PAUSED, SAID_NO, WORDS, by
 from sluicegate.workers.presence import Presence
 
 #: What is paused waits until somebody resumes it, which wakes it; this is for a wake-up lost.
 _PAUSED_S = 900.0
-#: A pool without workers is no reason to come back soon.
-_UNSERVED_S = 300.0
+#: How soon it is worth looking again whether a pool has workers.
+_UNSERVED_S = {Lane.INTERACTIVE: 5.0, Lane.BULK: 60.0}
 #: Bulk work rather waits for its own candidate than pays another, up to this long a rest of it.
 _BULK_REST_S = 60.0
 #: Bulk jobs stand longer at the gate: nobody waits for them, and it keeps the limit in use.
@@ -37,15 +40,8 @@ _SOON_S = {Lane.INTERACTIVE: (0.5, 3.0), Lane.BULK: (2.0, 20.0)}
 
 _AT_LIMIT = frozenset({Reason.REQUESTS, Reason.TOKENS, Reason.CONCURRENCY})
 
-_WORDS = {
-    Reason.BREAKER: "its breaker is open",
-    Reason.COOLDOWN: "it asked for a rest",
-    Reason.REQUESTS: "it is at its limit of requests a minute",
-    Reason.TOKENS: "it is at its limit of tokens a minute",
-    Reason.CONCURRENCY: "it has as many calls under way as it takes",
-    Reason.RETRIES: "it gets no second tries for now",
-    Reason.SUSPENDED: "it refused this account's key or quota and is suspended for it",
-}
+#: How many jobs stand at one row's gate in one process; more would ask it all the time.
+_STANDING_MAX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +96,11 @@ class _Refusal:
     why: str
     #: None: for good.
     wait_s: float | None
-    #: What the gates said, and to what; None: they were not asked, or only for another pool.
+    #: What the gates said, and to what; None: they were not asked.
     verdict: Verdict | None = None
     ask: Ask | None = None
+    #: What would have been done; None: it is another pool's, or was not asked.
+    plan: Plan | None = None
     is_served: bool = True
 
 
@@ -120,6 +118,8 @@ class Placement:
         self._gates = gates
         self._presence = presence
         self._estimates = estimates
+        #: Jobs that stand at a row's gate, by row and lane.
+        self._standing: Counter[tuple[UUID, Lane]] = Counter()
 
     async def find(
         self,
@@ -154,15 +154,20 @@ class Placement:
         if paused := _pause_of(job, catalogue):
             return Held(_PAUSED_S, paused)
         needs = needs_of(job.spec)
+        pool = parse_queue(job.queue).pool
+        # Of other pools' rows nothing is known here. Were they taken for fast, and we there for
+        # fast as well, the job would go to and fro.
+        latencies = dict.fromkeys(
+            (row.id for row in catalogue.providers if row.provider != pool), math.inf
+        ) | dict(first_token_ms)
         candidates = route(
             needs,
             catalogue,
             account_id=job.account_id,
             mode=self._settings.catalogue,
             now=datetime.now(UTC),
-            first_token_ms=first_token_ms,
+            first_token_ms=latencies,
         )
-        pool = parse_queue(job.queue).pool
         refusals: list[_Refusal] = []
         for at, provider in enumerate(candidates):
             refusal = self._known_refusal(job, catalogue, provider, said)
@@ -176,18 +181,19 @@ class Placement:
                     return HandOff(_queue_of(job, provider), refused)
                 refusals.append(refusal)
                 continue
+            left = [
+                other
+                for other in candidates[at + 1 :]
+                if self._known_refusal(job, catalogue, other, said) is None
+                and (other.provider == pool or await self._serves(job, other))
+            ]
+            # Whatever can fail or wait comes before the gates are asked: what they admit is used.
             ask = self._ask(job, needs, catalogue, provider)
+            plan = self._plan(needs, catalogue, ask, left, refusals)
             verdict = await self._patiently(job, ask, catalogue, read)
             if verdict.reason is None:
-                left = [
-                    other
-                    for other in candidates[at + 1 :]
-                    if self._known_refusal(job, catalogue, other, said) is None
-                    and (other.provider == pool or await self._serves(job, other))
-                ]
-                later = _later(refusals)
-                return self._plan(needs, catalogue, ask, verdict, left=tuple(left), later=later)
-            refusals.append(self._refusal(job, ask, verdict))
+                return replace(plan, verdict=verdict)
+            refusals.append(self._refusal(job, ask, verdict, plan))
             if job.lane is Lane.BULK and _worth_waiting(verdict):
                 break
         return await self._stand_in_line(job, needs, catalogue, refusals)
@@ -196,16 +202,14 @@ class Placement:
         self, job: Job, catalogue: Catalogue, provider: Provider, said: Mapping[UUID, str]
     ) -> _Refusal | None:
         if provider.id in job.ruled_out:
-            return _Refusal(
-                provider, said.get(provider.id, "it has refused this job for good"), None
-            )
+            return _Refusal(provider, said.get(provider.id, FOR_GOOD), None)
         if provider.id in catalogue.pauses.providers:
-            return _Refusal(provider, "it is paused", _PAUSED_S)
+            return _Refusal(provider, PAUSED, _PAUSED_S)
         if provider.breaker == "forced_open":
             # Also while Redis, which would say so, is away.
-            return _Refusal(provider, "its breaker is forced open", _PAUSED_S)
+            return _Refusal(provider, FORCED_OPEN, _PAUSED_S)
         if provider.id in job.refused:
-            why = said.get(provider.id, "it said no just now")
+            why = said.get(provider.id, SAID_NO)
             return _Refusal(provider, why, self._rest_s(job))
         return None
 
@@ -223,7 +227,7 @@ class Placement:
         """Ask for another pool's candidate: it admits for itself, once the job is there."""
         if not await self._serves(job, provider):
             why = f"no worker serves {_queue_of(job, provider)}"
-            return _Refusal(provider, why, _UNSERVED_S, is_served=False)
+            return _Refusal(provider, why, _UNSERVED_S[job.lane], is_served=False)
         ask = self._ask(job, needs, catalogue, provider, take=False)
         verdict = await self._gates.admit(ask)
         return None if verdict.reason is None else self._refusal(job, ask, verdict)
@@ -240,14 +244,21 @@ class Placement:
         patience_s = self._settings.gate_patience_s
         if job.lane is Lane.BULK:
             patience_s *= _BULK_PATIENCE
-        until = loop.time() + patience_s
+        until = min(loop.time() + patience_s, job.deadline_s)
+        gate = (ask.provider.id, job.lane)
         while True:
             verdict = await self._gates.admit(ask)
             if verdict.reason not in _AT_LIMIT and verdict.reason is not Reason.COOLDOWN:
                 return verdict
-            if loop.time() + verdict.wait_s > until:
+            # Not all at the same moment: one would get in, and all would have asked.
+            wait_s = verdict.wait_s * random.uniform(1.0, 1.5)  # noqa: S311 - no secret
+            if loop.time() + wait_s > until or self._standing[gate] >= _STANDING_MAX:
                 return verdict
-            await asyncio.sleep(verdict.wait_s)
+            self._standing[gate] += 1
+            try:
+                await asyncio.sleep(wait_s)
+            finally:
+                self._standing[gate] -= 1
             if await read() is not catalogue:
                 raise _CatalogueChanged
 
@@ -260,22 +271,37 @@ class Placement:
             # A pool without workers is no reason to keep bad news from whoever waits.
             temporary = [one for one in temporary if one.is_served]
         if not temporary:
-            too_long = all(one.provider.id in job.ruled_out for one in refusals)
-            why = ErrorClass.CONTEXT_TOO_LONG if too_long else ErrorClass.AUTH
+            locked_out = any(one.verdict is not None for one in refusals)
+            why = ErrorClass.AUTH if locked_out else ErrorClass.CONTEXT_TOO_LONG
             return Held(None, _listed(refusals), why)
         first = min(temporary, key=lambda one: one.wait_s or 0.0)
         wait_s = first.wait_s or 0.0
-        if first.ask is not None and first.ask.take and first.verdict is not None:
+        if first.plan is not None and first.ask is not None and first.verdict is not None:
             if job.waited and first.verdict.reason in _AT_LIMIT:
                 # Its turn had come, and others were quicker: it comes back soon, with a few others.
                 wait_s += random.uniform(*_SOON_S[job.lane])  # noqa: S311 - no secret
             else:
                 verdict = await self._gates.admit(replace(first.ask, line_up=True))
                 if verdict.reason is None:
-                    later = _later([one for one in temporary if one is not first])
-                    return self._plan(needs, catalogue, first.ask, verdict, later=later)
+                    return replace(first.plan, verdict=verdict)
                 wait_s = verdict.wait_s
-        return Held(wait_s, _listed(refusals))
+        return Held(wait_s, _listed([await self._asked_why(job, one) for one in refusals]))
+
+    async def _asked_why(self, job: Job, refusal: _Refusal) -> _Refusal:
+        """Find out what holds back a row that said no in another worker, or before a park."""
+        if refusal.why is not SAID_NO:
+            return refusal
+        ask = Ask(
+            attempt_id=new_id(),
+            provider=refusal.provider,
+            account_id=job.account_id,
+            lane=job.lane,
+            input_tokens=0,
+            output_tokens=0,
+            take=False,
+        )
+        verdict = await self._gates.admit(ask)
+        return refusal if verdict.reason is None else self._refusal(job, ask, verdict)
 
     def _ask(
         self,
@@ -306,10 +332,8 @@ class Placement:
         needs: Needs,
         catalogue: Catalogue,
         ask: Ask,
-        verdict: Verdict,
-        *,
-        later: tuple[Provider, ...],
-        left: tuple[Provider, ...] = (),
+        left: Sequence[Provider],
+        refusals: Sequence[_Refusal],
     ) -> Plan:
         provider, max_tokens = ask.provider, ask.output_tokens
         model = self._settings.baseline_model
@@ -318,23 +342,25 @@ class Placement:
             provider=provider,
             catalogue=catalogue,
             attempt_id=ask.attempt_id,
-            verdict=verdict,
+            verdict=UNASKED,
             max_tokens=max_tokens,
             prompt_tokens=needs.prompt_tokens,
             input_tokens=ask.input_tokens,
             reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
             baseline_reserved_nano_usd=baseline.reserve_nano_usd(needs.prompt_tokens, max_tokens),
-            left=left,
-            later=later,
+            left=tuple(left),
+            later=tuple(
+                one.provider for one in refusals if one.wait_s is not None and one.is_served
+            ),
         )
 
-    def _refusal(self, job: Job, ask: Ask, verdict: Verdict) -> _Refusal:
+    def _refusal(self, job: Job, ask: Ask, verdict: Verdict, plan: Plan | None = None) -> _Refusal:
         reason = verdict.reason
         assert reason is not None
         # Somebody waits for an interactive job: a refused key is worth telling at once.
         for_good = reason is Reason.SUSPENDED and job.lane is Lane.INTERACTIVE
         wait_s = None if for_good else verdict.wait_s
-        return _Refusal(ask.provider, _WORDS[reason], wait_s, verdict, ask)
+        return _Refusal(ask.provider, WORDS[reason], wait_s, verdict, ask, plan)
 
 
 def after_failure(job: Job, plan: Plan, error_class: ErrorClass, cost_nano_usd: int) -> Job:
@@ -371,10 +397,6 @@ def _ruled_out(job: Job, plan: Plan, error_class: ErrorClass) -> tuple[UUID, ...
             return ()
 
 
-def _later(refusals: list[_Refusal]) -> tuple[Provider, ...]:
-    return tuple(one.provider for one in refusals if one.wait_s is not None and one.is_served)
-
-
 def _queue_of(job: Job, provider: Provider) -> str:
     return queue_name(job.use_case, provider.provider, job.lane)
 
@@ -392,4 +414,4 @@ def _pause_of(job: Job, catalogue: Catalogue) -> str:
 
 
 def _listed(refusals: list[_Refusal]) -> str:
-    return "; ".join(f"{one.provider.name}: {one.why}" for one in refusals)
+    return "; ".join(by(one.provider.name, one.why) for one in refusals)

@@ -90,6 +90,7 @@ class Replies:
 
     async def begin(self, channel: Channel, *, model: str, attempt: int) -> None:
         """Say that an attempt has begun; from the second on, that what came before is void."""
+        channel.lost = False  # it may have been Redis that was away for a moment
         kind = "started" if attempt == 1 else "reset"
         payload = orjson.dumps({"type": kind, "model": model, "attempt": attempt})
         try:

@@ -46,6 +46,9 @@ def failed(job: Job, plan: Plan, error: ProviderError, *, fair: bool) -> Report:
         used = _used(error.partial.usage if error.partial.exact else None)
     if outcome is Outcome.TIMED_OUT and not fair:
         outcome = Outcome.NEUTRAL
+    if outcome is Outcome.REFUSED:
+        # Its headers speak of this account's key, and the row is everybody's.
+        return _report(job, plan, outcome, used=used, message=str(error))
     return _report(
         job,
         plan,

@@ -181,7 +181,7 @@ if POLICY.lever == 'forced_open' then
     reason = BREAKER -- nothing else can be waited for
 end
 if not CALL.take then
-    return { reason, wait, row.generation, is_probe }
+    return { reason, wait, row.generation, reason == 0 and is_probe or 0 }
 end
 
 if reason > 0 then

@@ -1,8 +1,9 @@
 """The limits' policy: how much of a provider row may be used, how fast, and by which lane.
 
 Two things guard a rate. A bucket, refilled steadily and never fuller than one second of the rate,
-keeps calls apart. A ring of half seconds remembers what was taken in the last minute, so that no
-minute of the provider's takes in more than the limit, however large single calls are and whatever
+keeps calls apart: one may leave while it is not in debt, so that large and small ones have the
+same chance. A ring of half seconds remembers what was taken in the last minute, so that no minute
+of the provider's takes in more than the limit, however large single calls are and whatever
 corrections gave back. Both exist a second time for the bulk lane's share.
 """
 

@@ -10,6 +10,9 @@ local CUT_EVERY_US = MILLION
 local function close(reason)
     set('open_us', nil)
     set('open_until', nil)
+    -- Whoever stood in line comes back now, and begins a new one.
+    set('line:interactive', nil)
+    set('line:bulk', nil)
     become('closed', reason)
 end
 

@@ -77,7 +77,7 @@ class Limits(GateCase):
     def measure(self, stage: Stage, seconds: float, *, tiny: bool) -> Figures:
         """Watch a minute, or as little as `seconds` when all is tiny; then some voice jobs."""
         shared = (
-            self._shared(stage, seconds, workers=2)
+            self._shared(stage, seconds, workers=1)
             if tiny
             else self._shared(stage, max(seconds, _MINUTE_S), workers=4)
         )

@@ -273,9 +273,10 @@ async def test_more_than_one_statement_of_jobs_is_woken(
     sweeps: tuple[Sweep, Sweep], happen: Happen, rows: Rows, add: Add
 ) -> None:
     held = add(100_000 if FULL else 2500) + add(
-        1700, due_s=300, held_back=f"{SOL}: it is at its limit; {LUNA}: so too"
+        1700, due_s=300, held_back=f"{SOL}: it is at its limit; {LUNA}: its breaker is open"
     )
-    add(1500, due_s=400, held_back=f"{SOL}: it is at its limit")
+    # Whoever stands in line for a limit keeps his turn there.
+    add(1500, due_s=400, held_back=f"{LUNA}: it is at its limit of requests a minute")
     happen("breaker", "open", "closed")
     await sweeps[0].record()
     await asyncio.gather(*(sweep.wake() for sweep in sweeps))

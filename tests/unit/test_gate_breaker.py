@@ -96,6 +96,16 @@ def test_half_open_lets_two_probes_through(row: GateRow) -> None:
     ]
 
 
+def test_only_looking_at_it_does_not_make_a_probe(row: GateRow) -> None:
+    _open(row)
+    row.wait(5)
+    assert row.ask(take=False).is_probe
+    assert (row.state().generation, row.state().probes) == (1, 0)
+    row.make(Outcome.NEUTRAL, cooldown_s=9.0)
+    refused = row.ask(take=False)
+    assert (refused.reason, refused.is_probe) == (Reason.COOLDOWN, False)
+
+
 def test_open_time_doubles_and_begins_anew_once_closed(row: GateRow) -> None:
     _open(row)
     for seconds in (10, 20, 20):

@@ -192,8 +192,17 @@ def test_a_job_that_goes_to_its_next_candidate_stays_with_what_it_has_learned() 
 def test_a_hand_off_names_the_queue_and_who_said_no() -> None:
     settlement = outcomes.handed_off(replace(JOB, refused=(PROVIDER.id,)), "draft.anthropic")
     assert (settlement["job_state"], settlement["queue"]) == ("queued", "draft.anthropic")
-    assert (settlement["refused"], settlement["after_s"]) == ((PROVIDER.id,), 0.0)
+    assert settlement["refused"] == (PROVIDER.id,)
+    # It keeps its place: it is due already, and has stood in no line.
+    assert "after_s" not in settlement
     assert "attempt_id" not in settlement
+
+
+def test_bulk_work_is_handed_off_through_the_stager() -> None:
+    job = replace(JOB, lane=Lane.BULK, refused=(PROVIDER.id,))
+    settlement = outcomes.handed_off(job, "draft.anthropic.bulk")
+    assert (settlement["job_state"], settlement["queue"]) == ("parked", "draft.anthropic.bulk")
+    assert settlement["refused"] == (PROVIDER.id,)
 
 
 def test_a_job_that_nobody_takes_waits_in_postgres_and_says_why() -> None:

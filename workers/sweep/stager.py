@@ -54,7 +54,7 @@ WITH paused AS (
 )
 UPDATE jobs j
 SET state = CASE WHEN plan.held_back IS NULL THEN 'queued' ELSE 'parked' END,
-    fence = j.fence + 1, refused = '{{}}', held_back = plan.held_back,
+    fence = j.fence + 1, held_back = plan.held_back,
     published_at = CASE WHEN plan.held_back IS NULL THEN now() ELSE j.published_at END,
     run_at = CASE WHEN plan.held_back IS NULL THEN j.run_at
                   ELSE now() + interval '{_PUT_OFF_S} seconds' END

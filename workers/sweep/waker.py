@@ -15,7 +15,9 @@ from itertools import takewhile
 from typing import Any, Final
 from uuid import UUID
 
+from sluicegate.shared.admission.gate import Reason
 from sluicegate.shared.gate_changes import SUSPENDED
+from sluicegate.workers.held_back import PAUSED, WORDS, by
 from sluicegate.workers.statements import Database
 
 _BATCH: Final = 1000
@@ -27,7 +29,7 @@ _REMEMBERED_S: Final = 600
 
 # By key, from the newest: however long the trail is. Names are looked up, as `held_back` has them.
 _OPENINGS = f"""
-SELECT c.number, c.at < now() - interval '{_SEEN_AFTER_S} seconds' AS is_seen,
+SELECT c.number, c.kind, c.at < now() - interval '{_SEEN_AFTER_S} seconds' AS is_seen,
        p.name AS provider, c.account_id, c.use_case
 FROM (SELECT * FROM gate_changes WHERE number > %(after)s ORDER BY number DESC LIMIT {_CHANGES}) c
 LEFT JOIN llm_providers p ON p.id = c.provider_id
@@ -48,7 +50,7 @@ WITH held AS (
     WHERE queue = %(queue)s AND state = 'parked' AND run_at > now()
       AND (run_at, id) > (%(run_at)s::timestamptz, %(id)s::uuid)
       AND held_back IS NOT NULL
-      AND (%(provider)s::text IS NULL OR strpos(held_back, %(provider)s) > 0)
+      AND strpos(held_back, %(words)s) > 0
       AND (%(account_id)s::uuid IS NULL OR account_id = %(account_id)s)
       AND (%(use_case)s::text IS NULL OR use_case = %(use_case)s)
     ORDER BY run_at, id LIMIT {_BATCH}
@@ -79,20 +81,24 @@ class Waker:
         Raises if Postgres is away; the next round does it.
         """
         openings = await self._db.execute(_OPENINGS, after=self._done)
-        due = [one for one in openings if one.is_seen or one.number > self._woken]
-        woken = 0
-        for scope in dict.fromkeys((one.provider, one.account_id, one.use_case) for one in due):
+        due = [
+            one
+            for one in openings
+            if (one.is_seen or one.number > self._woken)
             # A row that is gone has no name, and holds back nobody.
-            if any(scope):
-                woken += sum([await self._wake(queue, *scope) for queue in queues])
-        if due:
-            self._woken = max(self._woken, due[-1].number)
+            and (one.provider or one.account_id or one.use_case)
+        ]
+        woken = 0
+        for words, account_id, use_case in dict.fromkeys(map(_scope, due)):
+            for queue in queues:
+                woken += await self._wake(queue, words, account_id, use_case)
+        self._woken = max([self._woken, *(one.number for one in openings)])
         seen = takewhile(lambda one: one.is_seen, openings)
         self._done = max([self._done, *(one.number for one in seen)])
         return woken
 
     async def _wake(
-        self, queue: str, provider: str | None, account_id: UUID | None, use_case: str | None
+        self, queue: str, words: str, account_id: UUID | None, use_case: str | None
     ) -> int:
         place: dict[str, Any] = _FIRST
         woken = 0
@@ -100,7 +106,7 @@ class Waker:
             rows = await self._db.execute(
                 _WAKE,
                 queue=queue,
-                provider=provider,
+                words=words,
                 account_id=account_id,
                 use_case=use_case,
                 **place,
@@ -111,3 +117,23 @@ class Waker:
             last = max(rows, key=lambda row: (row.run_at, row.id))
             place = {"run_at": last.run_at, "id": last.id}
         return woken
+
+
+def _scope(opening: Any) -> tuple[str, UUID | None, str | None]:
+    """Return what the jobs that this opening lets go say, and whose they are.
+
+    Only those: whoever stands in line for a limit keeps his turn there.
+    """
+    account_id = opening.account_id
+    match opening.kind:
+        case "breaker":
+            return by(opening.provider, WORDS[Reason.BREAKER]), None, None
+        case "suspension":
+            return by(opening.provider, WORDS[Reason.SUSPENDED]), account_id, None
+        case "pause" if opening.provider:
+            return by(opening.provider, PAUSED), None, None
+        case "pause":
+            return "is paused", account_id, opening.use_case
+        case _:
+            # A lever: after a reset nothing of what the row had said is left.
+            return by(opening.provider, ""), None, None
