@@ -7,6 +7,7 @@ Redis says: a change is seen within a second, and no thread has to listen for it
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ Capability = Literal["vision", "tools", "json_schema", "effort"]
 PoolName = Literal["openai", "anthropic"]
 
 _REVALIDATE_AFTER_S = 0.5
+_STALE_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,14 +280,26 @@ class CatalogueCache(_Cached):
 class AsyncCatalogueCache(_Cached):
     """The cache of an asyncio process."""
 
+    def __init__(
+        self, *, prefix: str, ttl_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(prefix=prefix, ttl_s=ttl_s, clock=clock)
+        self._asking = asyncio.Lock()
+
     async def get(self, engine: AsyncEngine, client: redis.asyncio.Redis) -> Catalogue:
         """Return the catalogue, read again if it has changed."""
         fresh = self._fresh()
         if fresh is not None:
             return fresh
-        if self._value is not None:
-            # One asks; whoever comes meanwhile goes by what is known.
-            self._checked_at = self._clock()
+        # One asks. Whoever comes meanwhile goes by what is known, if it was right a moment ago:
+        # after a pause in the work it may be as old as that.
+        age_s = self._clock() - self._checked_at
+        if self._asking.locked() and self._value is not None and age_s < _STALE_AFTER_S:
+            return self._value
+        async with self._asking:
+            return self._fresh() or await self._ask(engine, client)
+
+    async def _ask(self, engine: AsyncEngine, client: redis.asyncio.Redis) -> Catalogue:
         try:
             token = cast("bytes | None", await client.get(self._key))
         except redis.RedisError:

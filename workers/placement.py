@@ -29,7 +29,7 @@ from sluicegate.workers.presence import Presence
 #: What is paused waits until somebody resumes it, which wakes it; this is for a wake-up lost.
 _PAUSED_S = 900.0
 #: How soon it is worth looking again whether a pool has workers.
-_UNSERVED_S = {Lane.INTERACTIVE: 5.0, Lane.BULK: 60.0}
+_UNSERVED_S = {Lane.INTERACTIVE: 15.0, Lane.BULK: 60.0}
 #: Bulk work rather waits for its own candidate than pays another, up to this long a rest of it.
 _BULK_REST_S = 60.0
 #: Bulk jobs stand longer at the gate: nobody waits for them, and it keeps the limit in use.
@@ -267,9 +267,11 @@ class Placement:
     ) -> Plan | Held:
         """Have the job wait for the candidate that may take it first, in its turn there."""
         temporary = [one for one in refusals if one.wait_s is not None]
-        if job.lane is Lane.INTERACTIVE and len(temporary) < len(refusals):
-            # A pool without workers is no reason to keep bad news from whoever waits.
-            temporary = [one for one in temporary if one.is_served]
+        served = [one for one in temporary if one.is_served]
+        if served or (job.lane is Lane.INTERACTIVE and len(temporary) < len(refusals)):
+            # A pool without workers is no reason to come back soon where another says when, nor
+            # to keep bad news from whoever waits.
+            temporary = served
         if not temporary:
             locked_out = any(one.verdict is not None for one in refusals)
             why = ErrorClass.AUTH if locked_out else ErrorClass.CONTEXT_TOO_LONG
