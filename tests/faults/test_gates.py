@@ -31,8 +31,8 @@ DURATIONS: dict[str, Any] = (
     else {
         "breaker_open_s": 1.5,
         "breaker_open_max_s": 3.0,
-        "gate_lease_s": 3.0,
-        "beat_valid_s": 3.5,
+        "gate_lease_s": 6.0,
+        "beat_valid_s": 5.0,
         "dead_after_s": 6.0,
     }
 )
