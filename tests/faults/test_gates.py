@@ -24,14 +24,14 @@ SPARE = "openai-gpt-6.1-sol"
 USE_CASES = ["general", "voice"]
 
 OUTAGE_S = 60.0 if FULL else 7.0
-#: In production's lengths, or in shorter ones; a dead worker's slots are back before its jobs are.
+#: In production's lengths, or in shorter ones; a lease outlives what a busy machine holds up.
 DURATIONS: dict[str, Any] = (
     {}
     if FULL
     else {
         "breaker_open_s": 1.5,
         "breaker_open_max_s": 3.0,
-        "gate_lease_s": 6.0,
+        "gate_lease_s": 12.0,
         "beat_valid_s": 5.0,
         "dead_after_s": 6.0,
     }
