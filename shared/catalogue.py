@@ -248,16 +248,16 @@ class _Cached:
     def _still_valid(self, token: bytes | None) -> Catalogue | None:
         """Compare the token read from Redis; None means: read the rows."""
         now = self._clock()
-        self._checked_at = now
         if self._value is None or token != self._token or now - self._read_at >= self._ttl_s:
-            return None
+            return None  # until the rows are read, what is known is not fresh
+        self._checked_at = now
         return self._value
 
     def _keep(self, value: Catalogue, token: bytes | None) -> Catalogue:
         """Keep rows that were read after `token`; had the reading failed, it would be repeated."""
         self._token = token
         self._value = value
-        self._read_at = self._clock()
+        self._read_at = self._checked_at = self._clock()
         return value
 
 
