@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -38,6 +39,10 @@ from sluicegate.workers.local.processes import end, spawn
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.servers import EmbeddedPostgres, EmbeddedValkey
 from tests.command_line import Command, Outcome
+
+pytest.register_assert_rewrite("tests.harness")
+
+from tests.harness import Rig, open_rig  # noqa: E402 - once its assertions say what they saw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -266,6 +271,37 @@ def sandbox(_sandbox_process: SandboxControl) -> Iterator[SandboxControl]:
     _sandbox_process.reset()
     _sandbox_process.clear_limits()
     _sandbox_process.settings(**usual)
+
+
+@pytest.fixture(scope="module")
+def rig_settings() -> dict[str, Any]:
+    """Return the settings of the module's rig; a module that wants some has a fixture of its own."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def module_rig(
+    postgres: Databases,
+    valkey: str,
+    _sandbox_process: SandboxControl,
+    tmp_path_factory: pytest.TempPathFactory,
+    rig_settings: dict[str, Any],
+) -> Iterator[Rig]:
+    """Return the module's rig, without processes: fixtures of the module start those.
+
+    Its tests share what runs there; each has jobs of its own.
+    """
+    with (
+        postgres.database(template=postgres.template) as url,
+        open_rig(
+            database_url=url,
+            redis_url=valkey,
+            sandbox=_sandbox_process,
+            folder=tmp_path_factory.mktemp("rig"),
+            **rig_settings,
+        ) as rig,
+    ):
+        yield rig
 
 
 @pytest.fixture

@@ -157,3 +157,4 @@ class Caller:
                 reports.input_tokens(answer.usage),
                 has_attachments=job.spec.needs_vision,
             )
+            self._estimates.learn_output(plan.provider.model, job.use_case, answer.usage.output)

@@ -1,7 +1,9 @@
-"""How long prompts really are: characters and a factor for each model, learned from its bills.
+"""How long prompts and answers really are, learned from what providers have billed.
 
-Only limits are held to these estimates, which are meant to be right on average. Money is reserved
-by the careful upper estimate itself (`shared/pricing.estimate_prompt_tokens`).
+A prompt is characters and a factor for each model; an answer is as long as those that the model
+gave for the same use case. Only limits are held to these estimates, which are meant to be right on
+average. Money is reserved by the careful upper estimate itself
+(`shared/pricing.estimate_prompt_tokens`) and the longest answer that is allowed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ _MAX_FACTOR: Final = 4.0
 _WEIGHT: Final = 0.05
 #: Below it a prompt is mostly the frame that providers put around it.
 _MIN_TOKENS: Final = 50
+#: An answer's part of the longest that is allowed, as long as nothing is known.
+_ANSWER_SHARE: Final = 0.25
 
 
 @dataclass(slots=True)
@@ -27,15 +31,22 @@ class _Learned:
     calls: int = 1
 
 
+@dataclass(slots=True)
+class _Answers:
+    mean: float = 0.0
+    calls: int = 0
+
+
 class TokenEstimates:
     """What this process has learned; of `max_models` models, those that were asked for last.
 
-    Estimates, in and out, are those of `Needs.prompt_tokens`.
+    Estimates of prompts, in and out, are those of `Needs.prompt_tokens`.
     """
 
     def __init__(self, *, max_models: int = 256) -> None:
         self._max_models = max_models
         self._models: OrderedDict[str, _Learned] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], _Answers] = OrderedDict()
 
     def input_tokens(self, model: str, estimated: int, *, has_attachments: bool = False) -> int:
         """Return how many tokens a prompt probably has, for which the careful estimate is known.
@@ -61,3 +72,19 @@ class TokenEstimates:
         learned.factor += max(_WEIGHT, 1 / learned.calls) * (ratio - learned.factor)
         if len(self._models) > self._max_models:
             self._models.popitem(last=False)
+
+    def output_tokens(self, model: str, use_case: str, max_tokens: int) -> int:
+        """Return how many tokens an answer probably has that may have `max_tokens`."""
+        if (known := self._answers.get((model, use_case))) is None:
+            return math.ceil(max_tokens * _ANSWER_SHARE)
+        self._answers.move_to_end((model, use_case))
+        return max(1, min(max_tokens, round(known.mean)))
+
+    def learn_output(self, model: str, use_case: str, actual_output: int) -> None:
+        """Take what a provider has counted of a whole answer, reasoning included."""
+        learned = self._answers.setdefault((model, use_case), _Answers())
+        self._answers.move_to_end((model, use_case))
+        learned.calls += 1
+        learned.mean += max(_WEIGHT, 1 / learned.calls) * (actual_output - learned.mean)
+        if len(self._answers) > self._max_models:
+            self._answers.popitem(last=False)

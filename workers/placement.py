@@ -54,7 +54,9 @@ class Plan:
     #: The attempt that the gates have admitted.
     attempt_id: UUID
     verdict: Verdict
+    #: Of the answer: at most, and as the gates were asked for.
     max_tokens: int
+    output_tokens: int
     #: Of the prompt, as estimated without and with what was learned of the model.
     prompt_tokens: int
     input_tokens: int
@@ -189,7 +191,7 @@ class Placement:
             ]
             # Whatever can fail or wait comes before the gates are asked: what they admit is used.
             ask = self._ask(job, needs, catalogue, provider)
-            plan = self._plan(needs, catalogue, ask, left, refusals)
+            plan = self._plan(job, needs, catalogue, ask, left, refusals)
             verdict = await self._patiently(job, ask, catalogue, read)
             if verdict.reason is None:
                 return replace(plan, verdict=verdict)
@@ -324,20 +326,24 @@ class Placement:
                 needs.prompt_tokens,
                 has_attachments="vision" in needs.capabilities,
             ),
-            output_tokens=answer_tokens(needs, catalogue.use_cases[job.use_case], provider),
+            output_tokens=self._estimates.output_tokens(
+                provider.model, job.use_case, _max_tokens(job, needs, catalogue, provider)
+            ),
             is_retry=provider.id in job.tried,
             take=take,
         )
 
     def _plan(
         self,
+        job: Job,
         needs: Needs,
         catalogue: Catalogue,
         ask: Ask,
         left: Sequence[Provider],
         refusals: Sequence[_Refusal],
     ) -> Plan:
-        provider, max_tokens = ask.provider, ask.output_tokens
+        provider = ask.provider
+        max_tokens = _max_tokens(job, needs, catalogue, provider)
         model = self._settings.baseline_model
         baseline = price_card(baseline_provider(model), model)
         return Plan(
@@ -346,6 +352,7 @@ class Placement:
             attempt_id=ask.attempt_id,
             verdict=UNASKED,
             max_tokens=max_tokens,
+            output_tokens=ask.output_tokens,
             prompt_tokens=needs.prompt_tokens,
             input_tokens=ask.input_tokens,
             reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
@@ -397,6 +404,10 @@ def _ruled_out(job: Job, plan: Plan, error_class: ErrorClass) -> tuple[UUID, ...
             return (row.id,)  # bulk work waits until somebody has seen to it
         case _:
             return ()
+
+
+def _max_tokens(job: Job, needs: Needs, catalogue: Catalogue, provider: Provider) -> int:
+    return answer_tokens(needs, catalogue.use_cases[job.use_case], provider)
 
 
 def _queue_of(job: Job, provider: Provider) -> str:

@@ -82,6 +82,7 @@ class Replies:
             statement=self._append_many,
             max_items=settings.coalesce_max,
             spacing_s=settings.spacing_s,
+            keeps=True,  # what was said late is said all the same, and in its order
         )
 
     def channel(self, job_id: UUID, fence: int) -> Channel:
@@ -103,7 +104,7 @@ class Replies:
                 channel.n += 1
                 await self._send(channel.key, event_id(channel.fence, channel.n), payload)
         except TimeoutError:
-            # The call must not wait for Redis. Without its beginning the rest is of no use.
+            # The call must not wait for Redis, so deltas could overtake the beginning: none are sent.
             channel.lost = True
 
     async def end(self, channel: Channel, payload: bytes) -> None:

@@ -98,7 +98,7 @@ def _report(
         is_probe=plan.verdict.is_probe,
         outcome=outcome,
         reserved_input_tokens=plan.input_tokens,
-        reserved_output_tokens=plan.max_tokens,
+        reserved_output_tokens=plan.output_tokens,
         used_input_tokens=used[0],
         used_output_tokens=used[1],
         cooldown_s=cooldown_s,

@@ -76,9 +76,8 @@ class Ask:
     provider: Provider
     account_id: UUID
     lane: Lane
-    #: As estimated.
+    #: Both as estimated; what is used beyond or below it is corrected by the report.
     input_tokens: int
-    #: At most.
     output_tokens: int
     #: The job was called for at this row before.
     is_retry: bool = False

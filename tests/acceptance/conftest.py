@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 from sluicegate.workers.local.sandbox_control import SandboxControl
-
-pytest.register_assert_rewrite("tests.harness")
-
-from tests.harness import Rig, open_rig  # noqa: E402 - once its assertions say what they saw
-
-
-@pytest.fixture(scope="module")
-def module_rig(
-    postgres: Any,
-    valkey: str,
-    _sandbox_process: SandboxControl,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Rig]:
-    """Return the module's rig, without processes: a fixture of the module starts those."""
-    folder = tmp_path_factory.mktemp("rig")
-    with (
-        postgres.database(template=postgres.template) as url,
-        open_rig(
-            database_url=url, redis_url=valkey, sandbox=_sandbox_process, folder=folder
-        ) as rig,
-    ):
-        yield rig
+from tests.harness import Rig
 
 
 @pytest.fixture

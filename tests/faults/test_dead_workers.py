@@ -14,7 +14,7 @@ import pytest
 
 from sluicegate.shared.events import id_key
 from sluicegate.workers.local.sandbox_control import SandboxControl
-from tests.harness import FULL, Rig, Service, open_rig
+from tests.harness import FULL, Rig, Service
 from tests.polling import eventually
 
 IN_FLIGHT = 200 if FULL else 60
@@ -28,27 +28,10 @@ pytestmark = pytest.mark.timeout(300 if FULL else 120)
 
 
 @pytest.fixture(scope="module")
-def module_rig(
-    postgres: Any,
-    valkey: str,
-    _sandbox_process: SandboxControl,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Rig]:
-    with (
-        postgres.database(template=postgres.template) as url,
-        open_rig(
-            database_url=url,
-            redis_url=valkey,
-            sandbox=_sandbox_process,
-            folder=tmp_path_factory.mktemp("rig"),
-            jobs_in_flight=IN_FLIGHT,
-            # A frozen worker's calls outlive the freeze.
-            first_token_deadline_s=120.0,
-            idle_deadline_s=120.0,
-            **DURATIONS,
-        ) as rig,
-    ):
-        yield rig
+def rig_settings() -> dict[str, Any]:
+    # A frozen worker's calls outlive the freeze.
+    deadlines = {"first_token_deadline_s": 120.0, "idle_deadline_s": 120.0}
+    return {"jobs_in_flight": IN_FLIGHT} | deadlines | DURATIONS
 
 
 @pytest.fixture(scope="module")

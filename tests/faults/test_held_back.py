@@ -13,7 +13,7 @@ import pytest
 from sluicegate.shared.jobs import Lane
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from tests.command_line import Command
-from tests.harness import FULL, Rig, Service, open_rig
+from tests.harness import FULL, Rig, Service
 from tests.polling import eventually
 
 PRIMARY, MODEL = "openai-gpt-6-luna", "gpt-6-luna"
@@ -30,35 +30,22 @@ pytestmark = pytest.mark.timeout(2400 if FULL else 120)
 
 
 @pytest.fixture(scope="module")
-def module_rig(
-    postgres: Any,
-    valkey: str,
-    _sandbox_process: SandboxControl,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Rig]:
-    with (
-        postgres.database(template=postgres.template) as url,
-        open_rig(
-            database_url=url,
-            redis_url=valkey,
-            sandbox=_sandbox_process,
-            folder=tmp_path_factory.mktemp("rig"),
-            # Once it is open it stays so, as far as these tests are concerned.
-            breaker_open_s=OPEN_S,
-            breaker_open_max_s=OPEN_S,
-            retry_base_s=2.0,
-        ) as rig,
-    ):
-        rig.start_sweep()
-        workers = [rig.begin_worker("openai", ["general"]) for _ in range(2)]
-        workers.append(rig.begin_worker("openai", ["general"], Lane.BULK))
-        for worker in workers:
-            rig.await_worker(worker)
-        yield rig
+def rig_settings() -> dict[str, Any]:
+    # Once it is open it stays so, as far as these tests are concerned.
+    return {"breaker_open_s": OPEN_S, "breaker_open_max_s": OPEN_S, "retry_base_s": 2.0}
+
+
+@pytest.fixture(scope="module")
+def _workers(module_rig: Rig) -> None:
+    module_rig.start_sweep()
+    workers = [module_rig.begin_worker("openai", ["general"]) for _ in range(2)]
+    workers.append(module_rig.begin_worker("openai", ["general"], Lane.BULK))
+    for worker in workers:
+        module_rig.await_worker(worker)
 
 
 @pytest.fixture
-def rig(module_rig: Rig, sandbox: SandboxControl) -> Iterator[Rig]:
+def rig(module_rig: Rig, sandbox: SandboxControl, _workers: None) -> Iterator[Rig]:
     assert module_rig.sandbox is sandbox
     yield module_rig
     sandbox.clear_limits()

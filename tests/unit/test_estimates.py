@@ -83,3 +83,33 @@ def test_models_are_bounded_and_the_longest_unused_goes(steps: list[tuple[str, b
         if learns or model in known:
             known = [other for other in known if other != model] + [model]
             known = known[-3:]
+
+
+def test_an_answer_is_as_long_as_those_before_it_and_never_longer_than_it_may_be() -> None:
+    estimates = TokenEstimates()
+    assert estimates.output_tokens("gpt-x", "draft", 1000) == 250
+    estimates.learn_output("gpt-x", "draft", 40)
+    assert estimates.output_tokens("gpt-x", "draft", 1000) == 40
+    for _ in range(200):
+        estimates.learn_output("gpt-x", "draft", 600)
+    assert estimates.output_tokens("gpt-x", "draft", 1000) == pytest.approx(600, abs=2)
+    assert estimates.output_tokens("gpt-x", "draft", 300) == 300
+    # Other use cases and models are known nothing of.
+    assert estimates.output_tokens("gpt-x", "summary", 1000) == 250
+    assert estimates.output_tokens("gpt-y", "draft", 1) == 1
+
+
+def test_an_empty_answer_still_counts_as_a_token() -> None:
+    estimates = TokenEstimates()
+    estimates.learn_output("gpt-x", "draft", 0)
+    assert estimates.output_tokens("gpt-x", "draft", 1000) == 1
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20))
+def test_the_first_answers_are_known_by_their_mean(answers: list[int]) -> None:
+    estimates = TokenEstimates()
+    for answer in answers:
+        estimates.learn_output("gpt-x", "draft", answer)
+    assert estimates.output_tokens("gpt-x", "draft", 10_000) == pytest.approx(
+        sum(answers) / len(answers), abs=1
+    )
