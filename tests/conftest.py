@@ -275,7 +275,7 @@ def sandbox(_sandbox_process: SandboxControl) -> Iterator[SandboxControl]:
 
 @pytest.fixture(scope="module")
 def rig_settings() -> dict[str, Any]:
-    """Return the settings of the module's rig; a module that wants some has a fixture of its own."""
+    """Return settings of the module's rig; a module that wants some overrides this."""
     return {}
 
 

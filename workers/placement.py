@@ -191,7 +191,7 @@ class Placement:
             ]
             # Whatever can fail or wait comes before the gates are asked: what they admit is used.
             ask = self._ask(job, needs, catalogue, provider)
-            plan = self._plan(job, needs, catalogue, ask, left, refusals)
+            plan = self._plan(job, needs, catalogue, ask, left=left, refusals=refusals)
             verdict = await self._patiently(job, ask, catalogue, read)
             if verdict.reason is None:
                 return replace(plan, verdict=verdict)
@@ -339,6 +339,7 @@ class Placement:
         needs: Needs,
         catalogue: Catalogue,
         ask: Ask,
+        *,
         left: Sequence[Provider],
         refusals: Sequence[_Refusal],
     ) -> Plan:

@@ -104,7 +104,7 @@ class Replies:
                 channel.n += 1
                 await self._send(channel.key, event_id(channel.fence, channel.n), payload)
         except TimeoutError:
-            # The call must not wait for Redis, so deltas could overtake the beginning: none are sent.
+            # The call must not wait for Redis. Deltas could overtake the beginning: none are sent.
             channel.lost = True
 
     async def end(self, channel: Channel, payload: bytes) -> None:
