@@ -22,7 +22,9 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 from tenacity import AsyncRetrying
 
+from sluicegate.producers.budgeting import AsyncBudgeting
 from sluicegate.producers.client import resolve_settings
+from sluicegate.producers.early_refusal import EarlyRefusal
 from sluicegate.producers.forking import opening, register
 from sluicegate.producers.handles import AsyncJobHandle
 from sluicegate.producers.joining import AsyncCaller, async_caller_of, join_async
@@ -71,6 +73,7 @@ from sluicegate.producers.submission import (
 )
 from sluicegate.producers.telling import note_untold, tell_channel_async, tell_worker
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
@@ -156,7 +159,7 @@ class _Lines:
         await self.engine.dispose()
 
 
-class AsyncSluice:
+class AsyncSluice(AsyncBudgeting):
     """Submits jobs and reads their results, on one event loop; it connects at first use.
 
     A process that is forked may use it on a loop of its own.
@@ -170,6 +173,7 @@ class AsyncSluice:
         self._lines: _Lines | None = None
         self._closed = False
         self._accounts = AccountBook()
+        self._early = EarlyRefusal(self.settings.redis_prefix)
         register(self)
 
     async def submit(
@@ -186,13 +190,17 @@ class AsyncSluice:
         the commit. A SQLAlchemy `AsyncSession` or `AsyncConnection`, or a psycopg
         `AsyncConnection`, to the same database; its own errors are raised as they come.
 
-        Raises `InvalidJob` that names the field which is refused, `IdempotencyConflict`, and
-        `QueueUnavailable` if Postgres does not answer.
+        Raises `InvalidJob` that names the field which is refused, `IdempotencyConflict`,
+        `BudgetExceeded` for an interactive job without `connection` whose account has spent its
+        budget, and `QueueUnavailable` if Postgres does not answer.
         """
         caller = None if connection is None else async_caller_of(connection)
         request = read_request(use_case, prompt, options)
-        desk = await self._desk([request])
-        return (await self._submit([request], [desk.draft(request)], caller))[0]
+        draft = (await self._desk([request])).draft(request)
+        if caller is None:
+            redis = self._open().redis
+            await self._early.check_async(draft, redis, self._catalogue, self._execute)
+        return (await self._submit([request], [draft], caller))[0]
 
     async def submit_many(
         self,
@@ -222,7 +230,7 @@ class AsyncSluice:
             row = (await connection.exec_driver_sql(JOB_QUERY, {"job_id": wanted})).one_or_none()
             if row is None:
                 raise NotFound(f"there is no job {wanted}")
-            return load_job(row)
+            return load_job(row, Bodies.of(self.settings))
 
         return await self._query(look)
 
@@ -276,7 +284,8 @@ class AsyncSluice:
         if jobs.account is not None:
             accounts = await self._execute(ACCOUNT_QUERY, account=jobs.account)
         statement, values = jobs.statement(accounts)
-        return [load_summary(row) for row in await self._execute(statement, **values)]
+        bodies = Bodies.of(self.settings)
+        return [load_summary(row, bodies) for row in await self._execute(statement, **values)]
 
     def replies(
         self,

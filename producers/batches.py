@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row
 
 from sluicegate.producers.outcomes import check_timeout
 from sluicegate.shared.batches import CANCEL_SLICE, CANCEL_WAITING, LAST_LINE
+from sluicegate.shared.bodies import IN_THE_CLEAR, Bodies
 from sluicegate.shared.errors import InvalidJob, NotFound, ResultTimeout
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Result, State, dollars
@@ -119,7 +120,13 @@ class Batch:
     """A batch that was accepted."""
 
     def __init__(
-        self, query: Query, batch_id: UUID, *, is_new: bool = False, repeated: int = 0
+        self,
+        query: Query,
+        batch_id: UUID,
+        *,
+        bodies: Bodies = IN_THE_CLEAR,
+        is_new: bool = False,
+        repeated: int = 0,
     ) -> None:
         self.id = batch_id
         #: Whether it was stored by the call that returned it, and not by an earlier one.
@@ -127,6 +134,7 @@ class Batch:
         #: Rows of that call which are no jobs of it: their idempotency keys have some already.
         self.repeated = repeated
         self._query = query
+        self._bodies = bodies
 
     def __repr__(self) -> str:
         return f"Batch({str(self.id)!r})"
@@ -170,7 +178,8 @@ class Batch:
     def _results(self, state: str | None) -> Iterator[BatchResult]:
         for after in range(0, self._last_line(), _PAGE_LINES):
             values = {"batch_id": self.id, "after": after, "state": state}
-            yield from map(_load_batch_result, self._rows(_RESULTS, values))
+            for row in self._rows(_RESULTS, values):
+                yield _load_batch_result(row, self._bodies)
 
     def cancel(self) -> int:
         """Cancel all its jobs that wait; return how many. Calls that run finish.
@@ -234,12 +243,12 @@ def _read_state(state: State | str | None) -> str | None:
         raise InvalidJob("state", f"{state!r} is not known; there are {known}") from None
 
 
-def _load_batch_result(row: Row[Any]) -> BatchResult:
+def _load_batch_result(row: Row[Any], bodies: Bodies) -> BatchResult:
     return BatchResult(
         line=row.line,
         job_id=row.job_id,
         state=row.state,
-        metadata=row.metadata or {},
+        metadata=bodies.open_metadata(row.metadata),
         cost_nano_usd=row.cost_nano_usd,
-        result=load_result(row),
+        result=load_result(row, bodies),
     )

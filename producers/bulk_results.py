@@ -65,6 +65,8 @@ def _entry(one: BatchResult) -> dict[str, Any]:
         "output_tokens": result.usage.output if result else None,
         "metadata": one.metadata,
     }
+    if result and result.purged_at:
+        entry["purged_at"] = result.purged_at
     if result and result.tool_calls:
         entry["tool_calls"] = [call.model_dump() for call in result.tool_calls]
     return entry

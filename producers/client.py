@@ -19,8 +19,10 @@ from sqlalchemy import Connection, Row
 from tenacity import Retrying
 
 from sluicegate.producers.batches import Batch, parse_batch_id
+from sluicegate.producers.budgeting import Budgeting
 from sluicegate.producers.bulk_rows import batch_form, batch_key, batch_rows, refuse
 from sluicegate.producers.bulk_storing import store_batch
+from sluicegate.producers.early_refusal import EarlyRefusal
 from sluicegate.producers.forking import opening, register
 from sluicegate.producers.handles import JobHandle
 from sluicegate.producers.joining import Caller, caller_of, join
@@ -69,6 +71,7 @@ from sluicegate.producers.submission import (
 )
 from sluicegate.producers.telling import note_untold, tell_channel, tell_worker
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import Catalogue, CatalogueCache, read
 from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_engine
@@ -114,7 +117,7 @@ class _Lines:
         self.engine.dispose()
 
 
-class Sluice:
+class Sluice(Budgeting):
     """Submits jobs and reads their results. Threads may share one; it connects at first use.
 
     A process that is forked may go on with it: the child opens connections of its own.
@@ -128,6 +131,7 @@ class Sluice:
         self._lines: _Lines | None = None
         self._closed = False
         self._accounts = AccountBook()
+        self._early = EarlyRefusal(self.settings.redis_prefix)
         register(self)
 
     def submit(
@@ -144,12 +148,15 @@ class Sluice:
         the commit. A SQLAlchemy `Session` or `Connection`, a psycopg `Connection` or Django's
         `connection`, to the same database; its own errors are raised as they come.
 
-        Raises `InvalidJob` that names the field which is refused, `IdempotencyConflict`, and
-        `QueueUnavailable` if Postgres does not answer.
+        Raises `InvalidJob` that names the field which is refused, `IdempotencyConflict`,
+        `BudgetExceeded` for an interactive job without `connection` whose account has spent its
+        budget, and `QueueUnavailable` if Postgres does not answer.
         """
         caller = None if connection is None else caller_of(connection)
         request = read_request(use_case, prompt, options)
         draft = self._desk([request]).draft(request)
+        if caller is None:
+            self._early.check(draft, self._open().redis, self._catalogue, self._execute)
         return self._submit([request], [draft], caller)[0]
 
     def submit_many(
@@ -198,11 +205,17 @@ class Sluice:
             rejects=refuse,
             key=lambda: key,
         )
-        return Batch(self._query, stored.batch_id, is_new=stored.is_new, repeated=stored.repeated)
+        return Batch(
+            self._query,
+            stored.batch_id,
+            bodies=Bodies.of(self.settings),
+            is_new=stored.is_new,
+            repeated=stored.repeated,
+        )
 
     def batch(self, batch_id: UUID | str) -> Batch:
         """Return a batch that was accepted before, here or elsewhere."""
-        return Batch(self._query, parse_batch_id(batch_id))
+        return Batch(self._query, parse_batch_id(batch_id), bodies=Bodies.of(self.settings))
 
     def get(self, job_id: UUID | str) -> JobView:
         """Look at a job; raises `NotFound`."""
@@ -212,7 +225,7 @@ class Sluice:
         )
         if not rows:
             raise NotFound(f"there is no job {wanted}")
-        return load_job(rows[0])
+        return load_job(rows[0], Bodies.of(self.settings))
 
     def handle(
         self, job_id: UUID | str, response_format: type[BaseModel] | None = None
@@ -264,7 +277,8 @@ class Sluice:
         if jobs.account is not None:
             accounts = self._execute(ACCOUNT_QUERY, account=jobs.account)
         statement, values = jobs.statement(accounts)
-        return [load_summary(row) for row in self._execute(statement, **values)]
+        bodies = Bodies.of(self.settings)
+        return [load_summary(row, bodies) for row in self._execute(statement, **values)]
 
     def replies(
         self,

@@ -327,6 +327,18 @@ def judge_processes(
     return found
 
 
+def judge_alert_urls(not_taken: Iterable[tuple[str, str]]) -> list[Finding]:
+    """Find accounts whose URL does not take their alerts: their names, and why."""
+    return [
+        warning(
+            "alerts",
+            f"the alert URL of account {name} did not take an alert: {problem}",
+            f"see `sluice alerts list --account {name}`, and `sluice alerts test` once it is well",
+        )
+        for name, problem in not_taken
+    ]
+
+
 def judge_gates(
     alerts: Sequence[Alert],
     pauses: Iterable[Pause],

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 from sluicegate.producers.diagnosis import (
     ALERTS_SHOWN,
     Finding,
+    judge_alert_urls,
     judge_catalogue,
     judge_clocks,
     judge_gates,
@@ -59,6 +60,17 @@ UNION ALL
 SELECT coalesce(a.name || ' for ', '') || k.provider, k.provider, k.account_id IS NULL,
        k.api_key_encrypted
 FROM provider_keys k LEFT JOIN accounts a ON a.id = k.account_id
+UNION ALL
+SELECT 'the alerts of account ' || name, '', false, alert_secret_encrypted
+FROM accounts WHERE alert_secret_encrypted IS NOT NULL
+"""
+#: The last alert of each account that its URL did not take, unless somebody has seen it.
+_NOT_TAKEN: Final = """
+SELECT DISTINCT ON (a.account_id) c.name, a.post_error
+FROM alerts a JOIN accounts c ON c.id = a.account_id
+WHERE a.posted_at IS NULL AND a.post_error IS NOT NULL AND a.acked_at IS NULL
+  AND c.alert_url IS NOT NULL
+ORDER BY a.account_id, a.id DESC
 """
 _SERVED: Final = (
     "SELECT DISTINCT unnest(queues) FROM workers WHERE seen_at > now() - interval '30 s'"
@@ -122,6 +134,9 @@ def _look_at_fleet(connection: Connection, settings: Settings, *, sweeps: int) -
         *judge_catalogue(catalogue, settings, now),
         *_look_at_keys(connection, catalogue, settings),
         *_look_at_gates(connection, catalogue, now),
+        *judge_alert_urls(
+            (row.name, row.post_error) for row in connection.execute(text(_NOT_TAKEN))
+        ),
         *judge_processes(
             connection.scalars(text(_SERVED)).all(),
             [queue for pool in POOLS for lane in Lane for queue in pool_queues(names, pool, lane)],

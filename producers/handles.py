@@ -53,7 +53,7 @@ class JobHandle:
 
         Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing
         and says so if no server answered meanwhile; `NotFound` if there is no such job, or the
-        transaction it is in has not committed.
+        transaction it is in has not committed; `Purged` if the answer is not kept any more.
         """
         (event,) = self._events("0", check_timeout(timeout), terminal_only=True)
         return result_of(event)
@@ -123,7 +123,7 @@ class AsyncJobHandle:
 
         Raises `JobFailed`, `JobExpired`, `JobCancelled`; `ResultTimeout`, which cancels nothing
         and says so if no server answered meanwhile; `NotFound` if there is no such job, or the
-        transaction it is in has not committed.
+        transaction it is in has not committed; `Purged` if the answer is not kept any more.
         """
         seconds = check_timeout(timeout)
         (event,) = [one async for one in self._events("0", seconds, terminal_only=True)]

@@ -115,6 +115,7 @@ def _job_rows(view: JobView) -> list[tuple[str, str]]:
         ("held back", view.held_back),
         ("tried again", view.held_back and moment(view.run_at)),
         ("finished", moment(view.finished_at)),
+        ("purged", view.purged_at and f"{moment(view.purged_at)}: request and answer are gone"),
         ("cancel asked", moment(view.cancel_requested_at)),
         ("reply to", view.reply_to),
         ("batch", batch),

@@ -12,6 +12,7 @@ from uuid import UUID
 from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, ValidationError
 from sqlalchemy import Row
 
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.errors import ErrorClass, InvalidJob
 from sluicegate.shared.ids import first_id
 from sluicegate.shared.jobs import Lane, State, dollars
@@ -114,7 +115,7 @@ _LIST = """
 SELECT j.id, j.state, j.use_case, j.lane, j.queue, a.name AS account, j.batch_id,
        j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd, j.created_at, j.run_at,
        j.deadline_at, j.finished_at, r.body->'error'->>'error_class' AS error_class,
-       r.body->'error'->>'message' AS error
+       r.body->'error'->>'message' AS error, r.body->>'sealed' AS sealed
 FROM (SELECT * FROM jobs WHERE {conditions} ORDER BY id DESC LIMIT %(limit)s) j
 JOIN accounts a ON a.id = j.account_id
 LEFT JOIN results r ON r.job_id = j.id AND j.state <> 'succeeded'
@@ -177,9 +178,11 @@ class JobList:
         return _LIST.format(conditions=" AND ".join(conditions) or "true"), values
 
 
-def load_summary(row: Row[Any]) -> JobSummary:
+def load_summary(row: Row[Any], bodies: Bodies) -> JobSummary:
     """Build a summary from a row of the list."""
-    return JobSummary.model_validate(dict(row._mapping))
+    values = dict(row._mapping)
+    values["error"] = bodies.open_error(row.error, values.pop("sealed"))
+    return JobSummary.model_validate(values)
 
 
 def read_since(text: str) -> timedelta | datetime:

@@ -37,11 +37,15 @@ _ENDED: Final[dict[State, type[JobEnded]]] = {
 
 
 def result_of(event: Event) -> Result:
-    """Return the answer that a terminal event brings; raise the `JobEnded` that says why not."""
+    """Return the answer that a terminal event brings; raise the `JobEnded` that says why not.
+
+    Raises `Purged` for an answer that is not kept any more.
+    """
     assert isinstance(event.payload, Completed | Failed)
     result = event.payload.result
     kind = _ENDED.get(result.state)
     if kind is None:
+        result.check_kept()
         return result
     ended = f"job {result.job_id} {result.state}"
     message = ended if result.error is None else f"{ended}: {result.error.message}"

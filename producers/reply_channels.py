@@ -26,10 +26,12 @@ from uuid import UUID, uuid4
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.errors import InvalidJob
 from sluicegate.shared.events import ChannelName
 from sluicegate.shared.jobs import Result
 from sluicegate.shared.reply_channels import JOB_FIELD, REPLY_FIELD, channel_key
+from sluicegate.shared.secrets import SecretUnreadable
 from sluicegate.shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -133,6 +135,7 @@ class Channel:
         self.group = _check_name("group", group)
         self.consumer = _check_name("consumer", _own_name() if consumer is None else consumer)
         self.key = settings.redis_prefix + channel_key(self.name)
+        self._bodies = Bodies.of(settings)
         if not isinstance(redeliver_after_s, int | float) or not 0 < redeliver_after_s < 1e9:
             raise InvalidJob("redeliver_after_s", "must be a number of seconds above 0")
         if not isinstance(batch, int) or not 1 <= batch <= _BATCH_MAX:
@@ -245,7 +248,10 @@ class Channel:
     ) -> None:
         name = entry.decode()
         try:
-            delivery = _read(name, values or {}, deliveries)
+            delivery = _read(name, values or {}, deliveries, self._bodies)
+        except SecretUnreadable:
+            # It stays with this consumer, or another one that has the key.
+            raise
         except (KeyError, TypeError, ValueError):
             last = deliveries >= _UNREADABLE_TRIES
             log.error(
@@ -285,15 +291,15 @@ class Channel:
         return longest_s * random.uniform(0.5, 1)  # noqa: S311 - it only spreads the tries
 
 
-def _read(entry: str, values: Mapping[bytes, bytes], deliveries: int) -> Delivery:
+def _read(entry: str, values: Mapping[bytes, bytes], deliveries: int, bodies: Bodies) -> Delivery:
     found = orjson.loads(values[REPLY_FIELD])
     ended = {name: found[name] for name in ("state", "created_at", "finished_at")}
     return Delivery(
         id=entry,
         result=Result.model_validate(
-            {**found["result"], **ended, "job_id": values[JOB_FIELD].decode()}
+            {**bodies.open_result(found["result"]), **ended, "job_id": values[JOB_FIELD].decode()}
         ),
-        metadata=found["metadata"] or {},
+        metadata=bodies.open_metadata(found["metadata"]),
         idempotency_key=found["idempotency_key"],
         request_id=found["request_id"],
         deliveries=deliveries,

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import Row
 
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import Catalogue
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.endings import CANCELLED_BODY, terminal_payload
@@ -65,8 +66,9 @@ LEFT JOIN workers w ON w.id = job.worker_id
 
 #: What `reopening` has to know of a job.
 FIND_ENDED: Final = """
-SELECT j.id, j.state, j.fence, j.lane, j.account_id, a.is_active, b.request::text AS request
-FROM jobs j JOIN accounts a ON a.id = j.account_id JOIN job_bodies b ON b.job_id = j.id
+SELECT j.id, j.state, j.fence, j.lane, j.account_id, a.is_active, j.purged_at,
+       b.request::text AS request
+FROM jobs j JOIN accounts a ON a.id = j.account_id LEFT JOIN job_bodies b ON b.job_id = j.id
 WHERE j.id = %(job_id)s
 """
 
@@ -76,7 +78,8 @@ WHERE j.id = %(job_id)s
 RETRY: Final = """
 WITH job AS (
     SELECT j.id, j.state, j.fence, j.published_at,
-           j.fence = %(fence)s AND j.state IN ('failed', 'cancelled', 'expired') AS opens
+           j.fence = %(fence)s AND j.state IN ('failed', 'cancelled', 'expired')
+               AND j.purged_at IS NULL AS opens
     FROM jobs j WHERE j.id = %(job_id)s
     FOR NO KEY UPDATE
 ), gone AS (
@@ -178,8 +181,8 @@ def reopening(
 ) -> Reopening:
     """Read the row of `FIND_ENDED` and route the job by today's catalogue.
 
-    Raises `NotFound`; `IllegalTransition` if the job has not ended, or succeeded; `InvalidJob` if
-    nothing serves it any more.
+    Raises `NotFound`; `IllegalTransition` if the job has not ended, or succeeded, or its request is
+    not kept any more; `InvalidJob` if nothing serves it; `SecretUnreadable`.
     """
     if not rows:
         raise NotFound(f"there is no job {job_id}")
@@ -188,9 +191,14 @@ def reopening(
         raise IllegalTransition(
             f"job {job_id} is {row.state}; only a failed, cancelled or expired job can be retried"
         )
+    if row.purged_at is not None:
+        raise IllegalTransition(
+            f"job {job_id} cannot be tried again: its request was purged at "
+            f"{row.purged_at:%Y-%m-%d %H:%M} UTC; submit it anew"
+        )
     if not row.is_active:
         raise InvalidJob("account", f"of job {job_id} is not active any more")
-    spec = JobSpec.model_validate_json(row.request)
+    spec = JobSpec.model_validate_json(Bodies.of(settings).open_request(row.request))
     lane = Lane(row.lane)
     candidates = route(
         needs_of(spec),

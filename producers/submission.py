@@ -22,6 +22,7 @@ from sqlalchemy import Row
 
 from sluicegate.shared.accounts import DEFAULT_ACCOUNT
 from sluicegate.shared.answers import answer_type_of, response_format_of
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import Catalogue
 from sluicegate.shared.errors import IdempotencyConflict, InvalidJob
 from sluicegate.shared.events import ChannelName
@@ -39,7 +40,8 @@ MAX_DEADLINE_S: Final = 30 * 86_400
 MAX_JOBS: Final = 100_000
 
 _ACCOUNTS_KEPT = 10_000
-_ACCOUNTS_KEPT_S = 10.0
+#: How long a client goes on with an account that is not active any more.
+ACCOUNTS_KEPT_S: Final = 10.0
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
 
@@ -232,7 +234,7 @@ class AccountBook:
         found = {row.name: row.id for row in rows}
         if len(self._known) + len(found) > _ACCOUNTS_KEPT:
             self._known.clear()
-        until = self._clock() + _ACCOUNTS_KEPT_S
+        until = self._clock() + ACCOUNTS_KEPT_S
         self._known.update((name, (account_id, until)) for name, account_id in found.items())
         return found
 
@@ -259,6 +261,7 @@ class Desk:
         self._settings = settings
         self._catalogue = catalogue
         self._accounts = accounts
+        self._bodies = Bodies.of(settings)
         self._now = datetime.now(UTC)
 
     def draft(self, request: Request) -> Draft:
@@ -296,7 +299,7 @@ class Desk:
             deadline_s=terms.deadline or default_s,
             idempotency_key=terms.idempotency_key,
             request_hash=JobSpec.digest(content),
-            request=content,
+            request=self._bodies.seal_request(content, spec.metadata),
             submitted_by=terms.submitted_by or _os_user(),
             request_id=terms.request_id,
             reply_to=terms.reply_to,

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Row
 
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import AttemptState, Lane, Result, State, dollars
 from sluicegate.shared.messages import Frozen
@@ -57,6 +58,8 @@ class JobView(Frozen):
     #: While the gates keep it parked: what each of its providers said.
     held_back: str | None
     finished_at: datetime | None
+    #: When its request and its answer were removed.
+    purged_at: datetime | None
     idempotency_key: str | None
     request_id: str | None
     submitted_by: str | None
@@ -85,8 +88,8 @@ JOB_QUERY: Final = """
 SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS account,
        j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd, j.created_at, j.run_at,
        j.deadline_at, CASE j.state WHEN 'parked' THEN j.held_back END AS held_back,
-       j.finished_at, j.idempotency_key, j.request_id, j.submitted_by, j.submitted_from,
-       j.reply_to, j.batch_id, j.batch_line, j.cancel_requested_at, r.body,
+       j.finished_at, j.purged_at, j.idempotency_key, j.request_id, j.submitted_by,
+       j.submitted_from, j.reply_to, j.batch_id, j.batch_line, j.cancel_requested_at, r.body,
        coalesce(b.request->'metadata', '{}'::json) AS metadata,
        (SELECT coalesce(json_agg(one), '[]'::json) FROM (
            SELECT t.number, t.provider, t.model, t.state, t.error_class, t.error_message,
@@ -99,13 +102,14 @@ SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS acc
                   AS cost_nano_usd
            FROM attempts t WHERE t.job_id = j.id ORDER BY t.fence, t.number, t.id
        ) AS one) AS history
-FROM jobs j JOIN accounts a ON a.id = j.account_id JOIN job_bodies b ON b.job_id = j.id
+FROM jobs j JOIN accounts a ON a.id = j.account_id LEFT JOIN job_bodies b ON b.job_id = j.id
 LEFT JOIN results r ON r.job_id = j.id
 WHERE j.id = %(job_id)s
 """
 
 
-def load_job(row: Row[Any]) -> JobView:
-    """Build the view from a row of `JOB_QUERY`."""
+def load_job(row: Row[Any], bodies: Bodies) -> JobView:
+    """Build the view from a row of `JOB_QUERY`; raises SecretUnreadable."""
     values = {name: row._mapping[name] for name in JobView.model_fields if name != "result"}
-    return JobView.model_validate({**values, "result": load_result(row)})
+    values["metadata"] = bodies.open_metadata(row.metadata)
+    return JobView.model_validate({**values, "result": load_result(row, bodies)})

@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sqlalchemy import Connection, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 
+from sluicegate.shared.budgets import recount_budgets
 from sluicegate.shared.errors import InvalidJob, NotFound
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.tables import (
@@ -144,8 +145,9 @@ def set_account(
         if taken is not None:
             raise InvalidJob("account", f"{name!r} exists already")
         values["name"] = name
-    if time_zone is not None:
+    if time_zone is not None and time_zone != found.time_zone:
         values["time_zone"] = check_time_zone(time_zone)
+        recount_budgets(connection, found.id, time_zone)
     if is_active is not None:
         values["is_active"] = is_active
     columns = accounts.c
@@ -169,7 +171,7 @@ def figures(connection: Connection, account: Account) -> Figures:
     local_now = func.timezone(account.time_zone, func.now())
     month = func.timezone(account.time_zone, func.date_trunc("month", local_now))
     amount = func.sum(cost_entries.c.amount_nano_usd)
-    this_month = amount.filter(cost_entries.c.created_at >= month)
+    this_month = amount.filter(cost_entries.c.dispatched_at >= month)
     cost, cost_month = connection.execute(
         select(func.coalesce(amount, 0), func.coalesce(this_month, 0)).where(
             cost_entries.c.account_id == account.id

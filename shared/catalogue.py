@@ -8,6 +8,7 @@ Redis says: a change is seen within a second, and no thread has to listen for it
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,14 @@ import redis.asyncio
 from sqlalchemy import Connection, Row, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sluicegate.shared.pricing import PriceCard, price_card
+from sluicegate.shared import adopted_prices
+from sluicegate.shared.price_lists import InvalidPriceList
+from sluicegate.shared.pricing import PriceCard, price_card, price_version, tier_card
 from sluicegate.shared.redis_client import make_redis
 from sluicegate.shared.settings import Settings
 from sluicegate.shared.tables import accounts, llm_providers, pauses, provider_keys, use_cases
+
+log = logging.getLogger(__name__)
 
 #: Holds a token that changes with the catalogue; absent after a flush, which reads as a change.
 VERSION_KEY: Final = "catalogue:version"
@@ -78,6 +83,10 @@ class Provider:
     def card(self) -> PriceCard:
         """Its rates; raises `UnknownPrice`."""
         return price_card(self.provider, self.model, self.price_override)
+
+    def card_of(self, service_tier: str | None) -> PriceCard:
+        """Its rates for a call that the provider says was served so; raises `UnknownPrice`."""
+        return tier_card(self.provider, self.model, self.price_override, service_tier)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +214,8 @@ def build(
 
 
 def read(connection: Connection) -> Catalogue:
-    """Read the catalogue now."""
+    """Read the catalogue now, and book by the price list that the fleet books by."""
+    adopted_prices.follow(connection)
     return build(*(connection.execute(query) for query in _QUERIES))
 
 
@@ -308,6 +318,13 @@ class AsyncCatalogueCache(_Cached):
         if valid is not None:
             return valid
         async with engine.connect() as connection:
+            try:
+                await connection.run_sync(adopted_prices.follow)
+            except InvalidPriceList as problem:
+                if self._value is None:
+                    raise
+                # Mid-work the list of before does, and every entry says by which it was booked.
+                log.error("%s; going on with %s", problem, price_version())
             return self._keep(
                 build(*[await connection.execute(query) for query in _QUERIES]), token
             )

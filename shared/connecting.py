@@ -23,15 +23,22 @@ def catalogue_change() -> Iterator[Connection]:
     from sluicegate.shared.terminal import note
 
     settings = get_settings()
-    with connection() as line:
-        line.execution_options(isolation_level="READ COMMITTED")
-        with line.begin():
-            yield line
+    with transaction() as line:
+        yield line
     if not announce(settings):
         note(
             "Redis did not answer, so running processes see the change within "
             f"{settings.catalogue_ttl_s:g} s (SLUICE_CATALOGUE_TTL_S)"
         )
+
+
+@contextmanager
+def transaction() -> Iterator[Connection]:
+    """Connect for one transaction: all that is done, or nothing of it; see `connection`."""
+    with connection() as line:
+        line.execution_options(isolation_level="READ COMMITTED")
+        with line.begin():
+            yield line
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 
 
@@ -49,12 +51,47 @@ class QueueUnavailable(SluiceError):
     """Postgres or Redis did not answer, so the job was not accepted; try again."""
 
 
+class BudgetExceeded(SluiceError):
+    """The account's budget is full, so the job was not accepted."""
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        account: str = "",
+        use_case: str | None = None,
+        window: str = "",
+        limit: Decimal = Decimal(0),
+        spent: Decimal = Decimal(0),
+        resets_at: datetime | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.account = account
+        #: None: the budget for all use cases together.
+        self.use_case = use_case
+        #: `day` or `month`.
+        self.window = window
+        #: In US dollars, exact.
+        self.limit = limit
+        self.spent = spent
+        #: On the account's clock.
+        self.resets_at = resets_at
+
+
 class ResultTimeout(SluiceError, TimeoutError):
     """The job did not end in time; it goes on, and its result can still be read."""
 
 
 class InvalidAnswer(SluiceError):
     """The job succeeded, but its text is not of the shape that was asked for."""
+
+    def __init__(self, message: str | None = None, *, job_id: str = "") -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class Purged(SluiceError):
+    """The request and the answer of this job were purged; its state and its cost are kept."""
 
     def __init__(self, message: str | None = None, *, job_id: str = "") -> None:
         super().__init__(message)
@@ -102,6 +139,7 @@ class ErrorClass(StrEnum):
     POOL_TIMEOUT = "pool_timeout"  # our own connection pool was full: not the provider's fault
     RATE_LIMITED = "rate_limited"  # 429 that passes by itself
     QUOTA = "quota"  # 429 or 402 that needs money or a new limit
+    BUDGET = "budget"  # the account may not spend more for now
     AUTH = "auth"  # 401, 403, or no key
     NOT_FOUND = "not_found"  # no such model or endpoint
     BAD_REQUEST = "bad_request"  # the provider refuses the request as it is

@@ -55,7 +55,7 @@ class GateChange:
 
     number: int
     at: datetime
-    kind: Literal["breaker", "suspension", "pause", "lever"]
+    kind: Literal["breaker", "suspension", "pause", "lever", "budget"]
     #: Each None where the change is not about one.
     provider: str | None
     account: str | None
@@ -67,7 +67,7 @@ class GateChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """Something that somebody has to look at, and that is not over."""
+    """An account that does without a provider, until somebody has seen to it."""
 
     kind: str
     message: str
@@ -93,7 +93,7 @@ def set_pause(
     if changed is None:
         return False
     states = ("running", "paused") if paused else ("paused", "running")
-    _record(connection, "pause", {_COLUMNS[kind]: subject}, *states)
+    record_change(connection, "pause", {_COLUMNS[kind]: subject}, *states)
     return True
 
 
@@ -146,7 +146,7 @@ def pull_lever(connection: Connection, row: Row[Any], lever: Lever) -> bool:
             .values(breaker=lever, updated_at=func.now())
         )
     if changed or lever == "auto":
-        _record(connection, "lever", {"provider_id": row.id}, row.breaker, lever)
+        record_change(connection, "lever", {"provider_id": row.id}, row.breaker, lever)
     return changed
 
 
@@ -194,11 +194,11 @@ def trail(
 
 
 def list_alerts(connection: Connection, *, limit: int) -> list[Alert]:
-    """Return the alerts that are not over, the oldest first."""
+    """Return the alerts about suspensions that are not over, the oldest first."""
     columns = alerts.c
     rows = connection.execute(
         select(columns.kind, columns.message, columns.created_at.label("since"))
-        .where(columns.resolved_at.is_(None))
+        .where(columns.kind == SUSPENDED, columns.resolved_at.is_(None))
         .order_by(columns.created_at, columns.id)
         .limit(limit)
     )
@@ -223,9 +223,10 @@ def end_suspensions(
     return int(connection.execute(query.values(resolved_at=func.now())).rowcount)
 
 
-def _record(
+def record_change(
     connection: Connection, kind: str, about: Mapping[str, UUID | str], before: str, after: str
 ) -> None:
+    """Add a line to the trail, about the columns that are named, and wake the sweep."""
     change = {"kind": kind, **about, "before": before, "after": after, "reason": "by command"}
     connection.execute(insert(gate_changes).values(change))
     connection.execute(select(func.pg_notify(GATE_CHANNEL, "")))

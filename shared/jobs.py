@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from sluicegate.shared.answers import read_answer, read_json
-from sluicegate.shared.errors import ErrorClass, IllegalTransition, InvalidJob
+from sluicegate.shared.errors import ErrorClass, IllegalTransition, InvalidJob, Purged
 from sluicegate.shared.messages import (
     MAX_ATTACHMENT_BYTES,
     MAX_REQUEST_BYTES,
@@ -246,21 +246,35 @@ class Result(Frozen):
     error: JobError | None = None
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    #: When text, tool calls and the error's message were removed; they are empty since.
+    purged_at: datetime | None = None
     _answer_type: type[BaseModel] | None = PrivateAttr(None)
 
     @property
     def parsed(self) -> Any:
         """The answer as the model that was given as `response_format`, or as plain JSON data.
 
-        Raises `InvalidAnswer` if the text does not fit; with a schema that is rare.
+        Raises `InvalidAnswer` if the text does not fit; with a schema that is rare. Raises `Purged`
+        if it is not kept any more.
         """
         if self._answer_type is not None:
             return self.parse_as(self._answer_type)
+        self.check_kept()
         return read_json(self.text, job_id=self.job_id, cut=self._cut)
 
     def parse_as(self, model: type[Answer]) -> Answer:
-        """Read the answer as this pydantic model; raise `InvalidAnswer`."""
+        """Read the answer as this pydantic model; raise `InvalidAnswer` or `Purged`."""
+        self.check_kept()
         return read_answer(self.text, model, job_id=self.job_id, cut=self._cut)
+
+    def check_kept(self) -> None:
+        """Raise `Purged` if the answer is not kept any more."""
+        if self.purged_at is not None:
+            raise Purged(
+                f"the answer of job {self.job_id}, which {self.state}, was purged at "
+                f"{self.purged_at:%Y-%m-%d %H:%M} UTC; its state and its cost are kept",
+                job_id=str(self.job_id),
+            )
 
     def expecting(self, model: type[BaseModel] | None) -> Self:
         """Return this result with `parsed` an instance of `model`."""

@@ -1,4 +1,4 @@
-"""What tokens cost: price cards compiled from `genai-prices`, in integers.
+"""What tokens cost: price cards compiled from a price list, in integers.
 
 `genai-prices` computes with decimals and takes about 130 µs a call; a job needs two prices (its
 own and the baseline's), so its rates are compiled once into a card of integers and each price is
@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
-from importlib.metadata import version
+from typing import Final
 
-import genai_prices
-from genai_prices.types import TieredPrices
+from genai_prices.types import ModelPrice, TieredPrices
 
 from sluicegate.shared.errors import UnknownPrice
 from sluicegate.shared.messages import Usage
+from sluicegate.shared.price_lists import PriceList, Processing, in_use
 
-#: Written beside every cost entry: which price list it was made with.
-PRICE_VERSION = f"genai-prices {version('genai-prices')}"
 OVERRIDE_VERSION = "provider row"
 
 #: Largest amount kept: beyond it Redis' doubles are no longer exact (nine million dollars).
@@ -31,13 +29,19 @@ _PICO_PER_NANO = 1000
 #: $1 a million tokens is a million pico-USD a token.
 _PICO_PER_USD_MTOK = 1_000_000
 
-_CLASSES = ("input", "cache_read", "cache_write_5m", "cache_write_1h", "output")
-_SOURCES = {
-    "input": "input_mtok",
-    "cache_read": "cache_read_mtok",
-    "cache_write_5m": "cache_write_mtok",
-    "cache_write_1h": "cache_write_1h_mtok",
-    "output": "output_mtok",
+#: Our classes of tokens, each with the list's names for its rate, the most exact one first. What a
+#: list does not tell apart costs what the next name says: a one-hour write what a write costs.
+CLASSES: Final[dict[str, tuple[str, ...]]] = {
+    "input": ("input_mtok",),
+    "cache_read": ("cache_read_mtok", "input_mtok"),
+    "cache_write_5m": ("cache_write_5m_mtok", "cache_write_mtok", "input_mtok"),
+    "cache_write_1h": ("cache_write_1h_mtok", "cache_write_mtok", "input_mtok"),
+    "output": ("output_mtok",),
+}
+#: What a provider's own tools cost: no request of ours names one.
+_TOOLS: Final = {
+    f"{tool}_kcount"
+    for tool in ("web_searches", "social_searches", "storage_searches", "code_executions")
 }
 
 
@@ -94,69 +98,117 @@ class PriceCard:
         return -(-pico // _PICO_PER_NANO)
 
 
-def price_card(provider: str, model: str, override: Mapping[str, float] | None = None) -> PriceCard:
-    """Return the card of a model; raise `UnknownPrice` if neither list nor row has one.
+def price_card(
+    provider: str,
+    model: str,
+    override: Mapping[str, float] | None = None,
+    processing: Processing = "standard",
+) -> PriceCard:
+    """Return the card of a model for calls that are processed so.
 
     `override` is a provider row's own price: nano-USD a token by class; `input` and `output` are
-    needed, the cache classes default to the input's.
+    needed, the cache classes default to the input's. It says what calls cost that are answered at
+    once, and nothing of others.
+
+    Raises UnknownPrice if neither list nor row has one.
     """
-    if override is not None:
-        return _override_card(tuple(sorted(override.items())))
+    if override is None:
+        return listed_card(in_use(), provider, model, processing)
+    if processing != "standard":
+        raise UnknownPrice(
+            f"the {processing} price of {provider} model {model!r} is not known: "
+            "its provider row has a price of its own"
+        )
+    return _override_card(tuple(sorted(override.items())))
+
+
+def listed_card(
+    prices: PriceList, provider: str, model: str, processing: Processing = "standard"
+) -> PriceCard:
+    """Return the card that a list has for a model today. Raises UnknownPrice."""
     # A price may change on a date: a process that runs for weeks asks again each day.
-    return _listed_card(provider, model, datetime.now(UTC).date().isoformat())
+    return _listed_card(prices, provider, model, processing, datetime.now(UTC).date().isoformat())
+
+
+def price_version() -> str:
+    """Return the name of the list that this process books by."""
+    return in_use().version
+
+
+#: How providers call what they did with a request; any other word is the ordinary way.
+_TIERS: Final[dict[str | None, Processing]] = {
+    "batch": "batch",
+    "flex": "flex",
+    "priority": "priority",
+    "fast": "priority",
+}
+
+
+def tier_card(
+    provider: str, model: str, override: Mapping[str, float] | None, service_tier: str | None
+) -> PriceCard:
+    """Return the card for a call that the provider says was served so. Raises UnknownPrice.
+
+    We ask for no tier, but a project's settings at OpenAI may: priority costs about twice as much.
+    A tier without a price of its own costs what calls cost, as Anthropic's priority does.
+    """
+    processing = _TIERS.get(service_tier, "standard")
+    if processing != "standard":
+        try:
+            return price_card(provider, model, override, processing)
+        except UnknownPrice:
+            pass
+    return price_card(provider, model, override)
 
 
 @lru_cache(maxsize=1024)
 def _override_card(items: tuple[tuple[str, float], ...]) -> PriceCard:
     given = {name: round(nano * _PICO_PER_NANO) for name, nano in items}
     missing = {"input", "output"} - given.keys()
-    unknown = given.keys() - set(_CLASSES)
+    unknown = given.keys() - CLASSES.keys()
     if missing or unknown or min(given.values()) < 0:
         raise UnknownPrice(
             "a price override needs input and output, and may have "
-            f"{', '.join(_CLASSES[1:4])}, in nano-USD a token"
+            "cache_read, cache_write_5m, cache_write_1h, in nano-USD a token"
         )
-    rates = {name: given.get(name, given["input"]) for name in _CLASSES}
+    rates = {name: given.get(name, given["input"]) for name in CLASSES}
     return PriceCard(((0, Rates(**rates)),), OVERRIDE_VERSION)
 
 
 @lru_cache(maxsize=1024)
-def _listed_card(provider: str, model: str, _day: str) -> PriceCard:
-    try:
-        priced = genai_prices.calc_price(
-            genai_prices.Usage(input_tokens=1), model, provider_id=provider
-        ).model_price
-    except LookupError:
-        raise UnknownPrice(
-            f"the price of {provider} model {model!r} is not known; "
-            "set one on its provider row to use it"
-        ) from None
-    listed = {name: getattr(priced, source) for name, source in _SOURCES.items()}
-    if listed["input"] is None or listed["output"] is None:
+def _listed_card(
+    prices: PriceList, provider: str, model: str, processing: Processing, day: str
+) -> PriceCard:
+    at = datetime.fromisoformat(day).replace(tzinfo=UTC)
+    priced = prices.prices(provider, model, processing, at)
+    if priced.input_mtok is None or priced.output_mtok is None:
         raise UnknownPrice(
             f"{provider} model {model!r} has no price for text in and out; "
             "set one on its provider row to use it"
         )
+    listed = {name for name, price in vars(priced).items() if price is not None}
+    if apart := listed - _TOOLS - {name for names in CLASSES.values() for name in names}:
+        # Sound, for one, costs sixteen times as much as text: never book it at the text's rate.
+        raise UnknownPrice(
+            f"{provider} model {model!r} has no price for text alone, for the list has "
+            f"{', '.join(sorted(apart))} apart; set one on its provider row to use it"
+        )
     starts = {0} | {
         tier.start
-        for price in listed.values()
+        for price in vars(priced).values()
         if isinstance(price, TieredPrices)
         for tier in price.tiers
     }
     return PriceCard(
-        tuple((start, _rates_above(listed, start)) for start in sorted(starts)), PRICE_VERSION
+        tuple((start, _rates_above(priced, start)) for start in sorted(starts)), prices.version
     )
 
 
-def _rates_above(listed: Mapping[str, Decimal | TieredPrices | None], start: int) -> Rates:
+def _rates_above(priced: ModelPrice, start: int) -> Rates:
     picos: dict[str, int] = {}
-    for name in _CLASSES:
-        price = listed[name]
-        if price is None:
-            # A class that the list does not tell apart is billed as its parent.
-            picos[name] = picos["cache_write_5m" if name == "cache_write_1h" else "input"]
-            continue
-        usd_mtok = price.base if isinstance(price, TieredPrices) else price
+    for name, sources in CLASSES.items():
+        price = next(one for source in sources if (one := getattr(priced, source)) is not None)
+        usd_mtok: Decimal = price.base if isinstance(price, TieredPrices) else price
         if isinstance(price, TieredPrices):
             for tier in price.tiers:
                 if start >= tier.start:
@@ -170,19 +222,20 @@ def _rates_above(listed: Mapping[str, Decimal | TieredPrices | None], start: int
 
 def context_window(provider: str, model: str) -> int | None:
     """Return how many tokens the price list says that a model takes; None: it does not say."""
-    try:
-        usage = genai_prices.Usage(input_tokens=1)
-        return genai_prices.calc_price(usage, model, provider_id=provider).model.context_window
-    except LookupError:
-        return None
+    found = in_use().find(provider, model)
+    return None if found is None else found.context_window
+
+
+def baseline_provider(model: str) -> str:
+    """Return whose price list names the baseline model; raise `UnknownPrice` if none does."""
+    return _baseline_provider(in_use(), model)
 
 
 @lru_cache(maxsize=64)
-def baseline_provider(model: str) -> str:
-    """Return whose price list names the baseline model; raise `UnknownPrice` if none does."""
+def _baseline_provider(prices: PriceList, model: str) -> str:
     for provider in ("openai", "anthropic"):
         try:
-            price_card(provider, model)
+            listed_card(prices, provider, model)
         except UnknownPrice:
             continue
         return provider

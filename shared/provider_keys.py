@@ -11,6 +11,7 @@ from uuid import UUID
 
 from pydantic import SecretStr
 from sqlalchemy import (
+    Column,
     Connection,
     Row,
     Table,
@@ -44,6 +45,14 @@ WHERE seen_at > now() - interval '30 s' AND NOT draining
   AND pool = coalesce(CAST(:pool AS text), pool)
 ORDER BY name
 """)
+
+#: What the key ring has encrypted: keys, and what the alerts of accounts are signed with.
+_Place = tuple[Table, Column[Any]]
+_ENCRYPTED: Final[tuple[_Place, ...]] = (
+    (provider_keys, provider_keys.c.api_key_encrypted),
+    (llm_providers, llm_providers.c.api_key_encrypted),
+    (accounts, accounts.c.alert_secret_encrypted),
+)
 
 _BATCH_ROWS = 500
 _TRIES = 10
@@ -176,6 +185,14 @@ def list_keys(connection: Connection) -> list[StoredKey]:
     return [StoredKey(**row._mapping) for row in connection.execute(statement)]
 
 
+def list_alert_secrets(connection: Connection) -> list[tuple[str, str]]:
+    """Return what the alerts of accounts are signed with, encrypted, by the account's name."""
+    columns = accounts.c
+    query = select(columns.name, columns.alert_secret_encrypted).order_by(columns.name)
+    rows = connection.execute(query.where(columns.alert_secret_encrypted.is_not(None)))
+    return [(row.name, row.alert_secret_encrypted) for row in rows]
+
+
 class KeyState(StrEnum):
     """What the keyring can do with a key in the database."""
 
@@ -243,17 +260,19 @@ def rotate(
     next one goes on. What cannot be decrypted stays as it is. `progress` is told after each batch.
     """
     done = Rotation()
-    for table in (provider_keys, llm_providers):
-        for batch in _batches(connection, table):
+    for place in _ENCRYPTED:
+        for batch in _batches(connection, place):
             for row in batch:
-                _renew(connection, table, row, keyring, done)
+                _renew(connection, place, row, keyring, done)
             progress(done)
     return done
 
 
-def _batches(connection: Connection, table: Table) -> Iterator[Sequence[Row[Any, Any]]]:
-    id_, token = table.c.id, table.c.api_key_encrypted
-    query = select(id_, token).where(token.is_not(None)).order_by(id_).limit(_BATCH_ROWS)
+def _batches(connection: Connection, place: _Place) -> Iterator[Sequence[Row[Any, Any]]]:
+    table, stored = place
+    id_ = table.c.id
+    every = select(id_, stored.label("token")).where(stored.is_not(None))
+    query = every.order_by(id_).limit(_BATCH_ROWS)
     batch = connection.execute(query).all()
     while batch:
         yield batch
@@ -261,11 +280,12 @@ def _batches(connection: Connection, table: Table) -> Iterator[Sequence[Row[Any,
 
 
 def _renew(
-    connection: Connection, table: Table, row: Row[Any, Any], keyring: Keyring, done: Rotation
+    connection: Connection, place: _Place, row: Row[Any, Any], keyring: Keyring, done: Rotation
 ) -> None:
     """Replace a key if it is still the one that was read; if it is not, look again."""
-    here, stored = table.c.id == row.id, table.c.api_key_encrypted
-    token: str | None = row.api_key_encrypted
+    table, stored = place
+    here = table.c.id == row.id
+    token: str | None = row.token
     for _ in range(_TRIES):
         if token is None:
             return  # removed meanwhile
@@ -279,7 +299,7 @@ def _renew(
             return
         # `updated_at` stays: the key itself is the same. A row at a time, so that no two
         # statements can wait for each other.
-        statement = update(table).where(here, stored == token).values(api_key_encrypted=renewed)
+        statement = update(table).where(here, stored == token).values({stored: renewed})
         if connection.execute(statement).rowcount:
             done.renewed += 1
             return

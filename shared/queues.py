@@ -14,6 +14,10 @@ POOLS = ("openai", "anthropic")
 #: The Postgres channel on which producers say that parked jobs are due: it wakes the stager.
 STAGE_CHANNEL = "sluice_stage"
 
+#: The Redis Stream of settlements that Postgres could not take, and the field that holds one, JSON.
+JOURNAL_KEY = "journal"
+JOURNAL_FIELD = b"s"
+
 
 class QueueName(NamedTuple):
     """The parts of a queue's name."""

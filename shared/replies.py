@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 from pydantic import ValidationError
 from sqlalchemy import Row
 
+from sluicegate.shared.bodies import IN_THE_CLEAR, Bodies
 from sluicegate.shared.errors import InvalidJob, NotFound, SluiceError
 from sluicegate.shared.events import (
     FIELD,
@@ -31,6 +32,7 @@ from sluicegate.shared.events import (
     terminal_event,
 )
 from sluicegate.shared.jobs import Result, State
+from sluicegate.shared.secrets import SecretUnreadable
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +52,16 @@ _CHECK_JOBS = 1000
 _EVENT_GRACE_S = 2.0
 
 
-def load_result(row: Row[Any]) -> Result | None:
-    """Build the result from a row of `RESULT_QUERY`; None while the job has not ended."""
+def load_result(row: Row[Any], bodies: Bodies) -> Result | None:
+    """Build the result from a row of `RESULT_QUERY`; None while the job has not ended.
+
+    Raises SecretUnreadable if it is sealed with a key that is not here.
+    """
     if row.body is None or not State(row.state).terminal:
         return None
     return Result.model_validate(
         {
-            **row.body,
+            **bodies.open_result(row.body),
             "job_id": row.job_id,
             "state": row.state,
             "created_at": row.created_at,
@@ -171,8 +176,9 @@ class Subscription:
 class Channels:
     """All subscriptions of a process: what to read, whom it is for, which rows to look at."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, bodies: Bodies = IN_THE_CLEAR) -> None:
         self._prefix = prefix
+        self._bodies = bodies
         self._lock = threading.Lock()
         self._by_key: dict[bytes, list[Subscription]] = {}
         # A stream of this reader's own: an entry in it ends the XREAD that waits.
@@ -288,7 +294,10 @@ class Channels:
                     one.fail(NotFound(f"there is no job {one.job_id}"))
                     continue
                 try:
-                    result = load_result(row)
+                    result = load_result(row, self._bodies)
+                except SecretUnreadable as error:
+                    one.fail(error)
+                    continue
                 except ValidationError as error:
                     log.error("the result of job %s cannot be read: %s", one.job_id, error)
                     one.fail(SluiceError(f"the result of job {one.job_id} cannot be read"))

@@ -23,6 +23,7 @@ from sqlalchemy import Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.errors import QueueUnavailable, SluiceError
 from sluicegate.shared.events import Event
 from sluicegate.shared.replies import (
@@ -56,7 +57,7 @@ class _Reader:
     """What both readers share: places, timing, and what a failure means."""
 
     def __init__(self, settings: Settings) -> None:
-        self._channels = Channels(settings.redis_prefix)
+        self._channels = Channels(settings.redis_prefix, Bodies.of(settings))
         self._recheck_s = settings.reply_recheck_s
         # Well inside the time after which the client takes a silent connection for a dead one.
         self._block_s = min(_BLOCK_S, settings.command_timeout_s / 2)

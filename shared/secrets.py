@@ -120,7 +120,11 @@ class Keyring:
     @classmethod
     def of(cls, settings: Settings) -> Keyring:
         """Make the keyring of `SLUICE_ENCRYPTION_KEYS`; raises SettingsError."""
-        given = settings.encryption_keys
+        return cls.read(settings.encryption_keys)
+
+    @classmethod
+    def read(cls, given: SecretStr | None) -> Keyring:
+        """Make the keyring of what `SLUICE_ENCRYPTION_KEYS` is; raises SettingsError."""
         if given is None:
             return cls(())
         return cls([Secret(key.strip()) for key in given.get_secret_value().split(",")])
@@ -143,6 +147,23 @@ class Keyring:
     def decrypt(self, token: str) -> Secret:
         """Decrypt what `encrypt` returned; raises SecretUnreadable if no key of ours fits."""
         return self._opened(token)
+
+    def seal(self, data: bytes) -> str:
+        """Encrypt a body; as `encrypt`."""
+        self.check()
+        assert self._newest is not None
+        return self._newest.encrypt(data).decode()
+
+    def open(self, token: str) -> bytes:
+        """Decrypt what `seal` returned, and remember nothing; raises SecretUnreadable."""
+        from cryptography.fernet import InvalidToken
+
+        if self._all is None:
+            raise SecretUnreadable
+        try:
+            return self._all.decrypt(token)
+        except InvalidToken:
+            raise SecretUnreadable from None
 
     def rotate(self, token: str) -> str:
         """Encrypt anew with the newest key; what is encrypted with it already comes back as it is.

@@ -115,6 +115,8 @@ class Settings(BaseSettings):
     #: What keys of providers in the database are encrypted with: Fernet keys with commas between,
     #: the newest first. All can be read, the first one writes.
     encryption_keys: Secret | None = None
+    #: Requests and answers are encrypted with them too, from then on.
+    encrypt_bodies: bool = False
 
     # Jobs
     #: Seconds from submit to the deadline, when the caller names none.
@@ -135,6 +137,8 @@ class Settings(BaseSettings):
     reply_recheck_s: Seconds = 5
     #: Deltas of one stream are collected this long before they are sent on.
     delta_interval_s: Seconds = 0.025
+    #: How long a job's request and answer are kept after its end; at most a hundred years.
+    body_retention_s: Annotated[float, Field(gt=0, le=3_155_760_000)] = 2_592_000
 
     # Workers
     #: Jobs one worker process runs at the same time.
@@ -159,10 +163,20 @@ class Settings(BaseSettings):
     # Sweep
     #: How often the sweep looks, when nothing wakes it.
     sweep_interval_s: Seconds = 1
+    #: How often the copies of budgets in Redis are compared with Postgres.
+    reconcile_interval_s: Seconds = 10
     #: A queued row is lost when it is this much older than the oldest message of its queue.
     lost_after_s: Seconds = 30
     #: Bulk jobs that wait in the broker, per queue; the rest wait in Postgres.
     stage_ahead_jobs: Count = 2000
+    #: Whether alerts may be posted to addresses that are not public.
+    alert_private_urls: bool = False
+    #: Longest time that posting an alert may take, once.
+    alert_deadline_s: Seconds = 10
+    #: First wait before it is tried again, doubling up to an hour,
+    alert_retry_s: Seconds = 30
+    #: and how long after an alert was raised it is still tried.
+    alert_give_up_s: Seconds = 86_400
 
     @field_validator("database_url")
     @classmethod

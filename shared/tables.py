@@ -51,7 +51,51 @@ accounts = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("time_zone", Text, nullable=False, server_default="UTC"),
     Column("is_active", Boolean, nullable=False, server_default=text("true")),
+    #: Where its alerts are posted to, and what they are signed with.
+    Column("alert_url", Text),
+    Column("alert_secret_encrypted", Text),
+    #: When all that was personal of it was removed; its costs stay.
+    Column("erased_at", _TIME),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
+)
+
+#: What an account may spend in a day and in a month, in all or for one use case. Both windows stand
+#: in one row, so that one lock decides on both. Who has turned a window that is over keeps it so.
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("account_id", Uuid, ForeignKey("accounts.id", ondelete="CASCADE"), nullable=False),
+    #: Null: all of them together.
+    Column("use_case", Text),
+    #: The account's: its windows are days and months there.
+    Column("time_zone", Text, nullable=False),
+    #: Null: no limit.
+    Column("day_limit_nano_usd", BigInteger),
+    Column("month_limit_nano_usd", BigInteger),
+    #: Percents of a limit; an alert is raised when spending reaches one.
+    Column("thresholds", ARRAY(SmallInteger), nullable=False, server_default=text("'{80,100}'")),
+    #: The windows: attempts dispatched from their start on, before they reset. `spent` is what was
+    #: booked for them, `held` the reservations of those whose outcome is open.
+    Column("day_started_at", _TIME, nullable=False),
+    Column("day_resets_at", _TIME, nullable=False),
+    Column("day_spent_nano_usd", BigInteger, nullable=False, server_default="0"),
+    Column("day_held_nano_usd", BigInteger, nullable=False, server_default="0"),
+    Column("month_started_at", _TIME, nullable=False),
+    Column("month_resets_at", _TIME, nullable=False),
+    Column("month_spent_nano_usd", BigInteger, nullable=False, server_default="0"),
+    Column("month_held_nano_usd", BigInteger, nullable=False, server_default="0"),
+    #: Grows with every change: the copy in Redis is only ever replaced by a later one.
+    Column("version", BigInteger, nullable=False, server_default="0"),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    CheckConstraint(
+        "day_limit_nano_usd IS NOT NULL OR month_limit_nano_usd IS NOT NULL", name="limit"
+    ),
+    CheckConstraint("day_limit_nano_usd BETWEEN 0 AND 9007199254740992", name="day_limit"),
+    CheckConstraint("month_limit_nano_usd BETWEEN 0 AND 9007199254740992", name="month_limit"),
+    Index("budgets_key", "account_id", "use_case", unique=True, postgresql_nulls_not_distinct=True),
+    # Every paid call of the account updates it: leave room to do that in place.
+    postgresql_with={"fillfactor": "50"},
 )
 
 use_cases = Table(
@@ -145,6 +189,18 @@ provider_keys = Table(
     ),
 )
 
+#: Price lists that the fleet has booked by; the newest is in use. Without one, each process books
+#: by the list that its `genai-prices` brought.
+price_lists = Table(
+    "price_lists",
+    metadata,
+    #: What cost entries say they were booked by.
+    Column("version", Text, primary_key=True),
+    #: In the format of `genai-prices`.
+    Column("data", JSON, nullable=False),
+    Column("adopted_at", _TIME, nullable=False, server_default=_NOW),
+)
+
 #: What an operator has stopped: no new call until it is resumed.
 pauses = Table(
     "pauses",
@@ -171,7 +227,7 @@ gate_changes = Table(
     Column("before", Text, nullable=False),
     Column("after", Text, nullable=False),
     Column("reason", Text, nullable=False, server_default=""),
-    _one_of("kind", "breaker", "suspension", "pause", "lever"),
+    _one_of("kind", "breaker", "suspension", "pause", "lever", "budget"),
     Index("gate_changes_provider_idx", "provider_id", "number"),
 )
 
@@ -183,10 +239,28 @@ alerts = Table(
     Column("kind", Text, nullable=False),
     Column("account_id", Uuid),
     Column("provider_id", Uuid),
+    #: Of a budget: whose limit, which window, and the percents of it that were spent.
+    Column("use_case", Text),
+    Column("window", Text),
+    Column("window_started_at", _TIME),
+    Column("threshold", SmallInteger),
     Column("message", Text, nullable=False),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     #: When what it is about was over; until then there is one row for it.
     Column("resolved_at", _TIME),
+    #: When somebody said that he has seen it.
+    Column("acked_at", _TIME),
+    #: Its place in the account's alert channel, and the id of its entry in Redis.
+    Column("number", BigInteger),
+    #: When it went to the account's alert channel, and to its URL.
+    Column("told_at", _TIME),
+    Column("posted_at", _TIME),
+    #: While its URL does not take it: tries so far, when to try next (null: no more), and why.
+    Column("post_tries", SmallInteger, nullable=False, server_default="0"),
+    Column("post_due_at", _TIME, server_default=_NOW),
+    Column("post_error", Text),
+    # A word of SQL's own.
+    CheckConstraint("\"window\" IN ('day', 'month')", name="window"),
     Index(
         "alerts_open_key",
         "kind",
@@ -194,7 +268,26 @@ alerts = Table(
         "provider_id",
         unique=True,
         postgresql_nulls_not_distinct=True,
-        postgresql_where=text("resolved_at IS NULL"),
+        postgresql_where=text('resolved_at IS NULL AND "window" IS NULL'),
+    ),
+    # One for each account, window and threshold, however often it is reached.
+    Index(
+        "alerts_budget_key",
+        "account_id",
+        "use_case",
+        "window",
+        "window_started_at",
+        "threshold",
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+        postgresql_where=text('"window" IS NOT NULL'),
+    ),
+    # What the sweep looks at.
+    Index("alerts_untold_idx", "id", postgresql_where=text("told_at IS NULL")),
+    Index(
+        "alerts_unposted_idx",
+        "post_due_at",
+        postgresql_where=text("posted_at IS NULL AND post_due_at IS NOT NULL"),
     ),
 )
 
@@ -302,6 +395,8 @@ jobs = Table(
     Column("batch_line", Integer),
     #: Somebody wants it to end; until its worker has heard of that it goes on.
     Column("cancel_requested_at", _TIME),
+    #: When its request and its answer were removed.
+    Column("purged_at", _TIME),
     _one_of("lane", "interactive", "bulk"),
     _one_of("state", "queued", "running", "parked", "succeeded", "failed", "cancelled", "expired"),
     CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="holder"),
@@ -343,6 +438,13 @@ jobs = Table(
         "jobs_deadline_idx",
         "deadline_at",
         postgresql_where=text("state IN ('queued', 'parked')"),
+    ),
+    # What the purger takes next: who ended first.
+    Index(
+        "jobs_unpurged_idx",
+        "finished_at",
+        "id",
+        postgresql_where=text("finished_at IS NOT NULL AND purged_at IS NULL"),
     ),
 )
 
@@ -397,6 +499,18 @@ attempts = Table(
         "worker_id",
         postgresql_where=text("state = 'dispatching'"),
     ),
+    # What a budget that begins holds from its first moment on.
+    Index(
+        "attempts_held_idx",
+        "account_id",
+        postgresql_where=text("state = 'dispatching'"),
+    ),
+    # Failures, for reports: some have no cost entry.
+    Index(
+        "attempts_failed_idx",
+        "dispatched_at",
+        postgresql_where=text("state IN ('failed', 'unknown', 'corrected')"),
+    ),
 )
 
 cost_entries = Table(
@@ -421,6 +535,11 @@ cost_entries = Table(
     Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
     Column("raw_usage", JSON),
     Column("price_version", Text, nullable=False),
+    #: Of the answer, where there was one: reports read them for every entry.
+    Column("first_token_ms", Integer),
+    Column("duration_ms", Integer),
+    #: Of the attempt: whenever an entry is made, it belongs to the windows of its call.
+    Column("dispatched_at", _TIME, nullable=False),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     _one_of("kind", "actual", "estimate", "correction"),
     # At most one first entry an attempt, and at most one correction.
@@ -436,7 +555,16 @@ cost_entries = Table(
         unique=True,
         postgresql_where=text("kind = 'correction'"),
     ),
-    Index("cost_entries_account_idx", "account_id", "created_at"),
+    Index("cost_entries_account_idx", "account_id", "dispatched_at"),
+    # The days of a report. Entries come in about the order of their calls, which is all that such
+    # an index needs: it is tiny, and an insert hardly notices it.
+    Index("cost_entries_dispatched_idx", "dispatched_at", postgresql_using="brin"),
+    # What reports ask of apart: few of all.
+    Index(
+        "cost_entries_estimate_idx",
+        "dispatched_at",
+        postgresql_where=text("kind = 'estimate'"),
+    ),
 )
 
 results = Table(
@@ -463,9 +591,12 @@ outbox = Table(
     Column("number", BigInteger),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
     Index("outbox_channel_idx", "channel", "number", "id"),
+    # Whether a job's result is still to be delivered.
+    Index("outbox_job_idx", "job_id"),
 )
 
-#: What gives out the numbers of a channel: its row is locked meanwhile.
+#: What gives out the numbers of a channel: its row is locked meanwhile. Alert channels are here,
+#: too, under names that no reply channel can have.
 reply_channels = Table(
     "reply_channels",
     metadata,

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+class Coloured(str):
+    """A cell of a table that has a colour in a terminal."""
+
+    __slots__ = ("colour",)
+    colour: str
+
+    def __new__(cls, cell: str, colour: str) -> Coloured:
+        """Give a cell a colour of Rich's."""
+        made = super().__new__(cls, cell)
+        made.colour = colour
+        return made
+
+
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON; what JSON has no word for as text."""
     typer.echo(json.dumps(value, default=str))
@@ -52,7 +65,7 @@ def print_table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> No
     apart = any("\n" in row[0] for row in cells)
     table = Table(*columns, show_header=head is not None, show_lines=apart)
     for row in cells:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell, getattr(cell, "colour", "")) for cell in row))
     screen.print(table)
 
 
@@ -144,7 +157,12 @@ def age(since: datetime | None) -> str:
     """Write how long ago something was, in its largest unit; nothing for none."""
     if since is None:
         return ""
-    seconds = max(0.0, (datetime.now(UTC) - since).total_seconds())
+    return span((datetime.now(UTC) - since).total_seconds())
+
+
+def span(seconds: float) -> str:
+    """Write how long something takes, in its largest unit."""
+    seconds = max(0.0, seconds)
     for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sluicegate.producers.submission import JobOptions as JobOptions
     from sluicegate.producers.views import AttemptView as AttemptView
     from sluicegate.producers.views import JobView as JobView
+    from sluicegate.shared.budgets import Budget as Budget
+    from sluicegate.shared.budgets import Window as Window
+    from sluicegate.shared.errors import BudgetExceeded as BudgetExceeded
     from sluicegate.shared.errors import ErrorClass as ErrorClass
     from sluicegate.shared.errors import IdempotencyConflict as IdempotencyConflict
     from sluicegate.shared.errors import IllegalTransition as IllegalTransition
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from sluicegate.shared.errors import JobExpired as JobExpired
     from sluicegate.shared.errors import JobFailed as JobFailed
     from sluicegate.shared.errors import NotFound as NotFound
+    from sluicegate.shared.errors import Purged as Purged
     from sluicegate.shared.errors import QueueUnavailable as QueueUnavailable
     from sluicegate.shared.errors import ResultTimeout as ResultTimeout
     from sluicegate.shared.errors import SchemaOutdated as SchemaOutdated
@@ -71,7 +75,9 @@ _EXPORTS = {
     "sluicegate.producers.reply_readers": ("AsyncReplies", "Replies"),
     "sluicegate.producers.submission": ("JobOptions",),
     "sluicegate.producers.views": ("AttemptView", "JobView"),
+    "sluicegate.shared.budgets": ("Budget", "Window"),
     "sluicegate.shared.errors": (
+        "BudgetExceeded",
         "ErrorClass",
         "IdempotencyConflict",
         "IllegalTransition",
@@ -82,6 +88,7 @@ _EXPORTS = {
         "JobExpired",
         "JobFailed",
         "NotFound",
+        "Purged",
         "QueueUnavailable",
         "ResultTimeout",
         "SchemaOutdated",

@@ -41,7 +41,17 @@ COMMANDS = {
         f"{_PRODUCERS}reply_commands",
         "Shared reply channels: results on their way to a back end.",
     ),
+    "spend": _Named(
+        f"{_PRODUCERS}spend_commands", "Spend: what was paid, for what, what it saved."
+    ),
+    "budget": _Named(
+        f"{_PRODUCERS}budget_commands", "Budgets: what an account may spend in a day and a month."
+    ),
     "account": _Named(f"{_PRODUCERS}account_commands", "Accounts: on whose behalf jobs run."),
+    "alerts": _Named(
+        f"{_PRODUCERS}alert_commands",
+        "Alerts: budgets that run out, accounts without a provider.",
+    ),
     "provider": _Named(f"{_WORKERS}provider_commands", "Providers: the models that jobs go to."),
     "breaker": _Named(
         f"{_WORKERS}breaker_commands", "Gates of providers: breakers, limits, suspended accounts."
@@ -57,6 +67,7 @@ COMMANDS = {
     "usecase": _Named(
         f"{_PRODUCERS}usecase_commands", "Use cases: the kinds of work that jobs are."
     ),
+    "prices": _Named(f"{_PRODUCERS}price_commands", "Prices: which list the fleet books by."),
     "secrets": _Named(
         f"{_WORKERS}secrets_commands", "Keys of the providers, kept encrypted in the database."
     ),

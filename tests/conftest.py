@@ -32,7 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from sluicegate.cli import run
-from sluicegate.shared import migrations
+from sluicegate.shared import migrations, price_lists
 from sluicegate.shared.database import make_async_engine, make_engine
 from sluicegate.shared.settings import Settings, get_settings
 from sluicegate.workers.local.processes import end, spawn
@@ -73,6 +73,13 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.chdir(tmp_path)
     yield
     get_settings.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _installed_prices() -> Iterator[None]:
+    """Book by the installed price list again: a test's fleet may have adopted another."""
+    yield
+    price_lists.use(None)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,12 @@
-"""Everything that a database holds, as text: what a stolen backup would show."""
+"""Everything that the servers hold, as text: what a stolen backup would show."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import psycopg
+import redis
 from psycopg import sql
 
 
@@ -20,3 +24,21 @@ def dump(conninfo: str) -> str:
             with connection.cursor().copy(copy) as rows:
                 text.append(f"{schema}.{name}\n" + b"".join(rows).decode())
     return "\n".join(text)
+
+
+def dump_redis(client: redis.Redis, prefix: str) -> str:
+    """Return all that Redis holds under this prefix, as text."""
+    readers: dict[bytes, Callable[[bytes], Any]] = {
+        b"string": client.get,
+        b"list": lambda key: client.lrange(key, 0, -1),
+        b"set": client.smembers,
+        b"zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+        b"hash": client.hgetall,
+        b"stream": client.xrange,
+    }
+    found = []
+    for key in client.scan_iter(match=f"{prefix}*", count=1000):
+        kind: Any = client.type(key)
+        # What is gone meanwhile is of no kind.
+        found.append(f"{key!r} {readers[kind](key) if kind in readers else kind!r}")
+    return "\n".join(found)

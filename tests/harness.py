@@ -23,7 +23,6 @@ import orjson
 import redis
 from pydantic import SecretStr
 from sqlalchemy import Row, create_engine
-from sqlalchemy.pool import NullPool
 
 from sluicegate.producers.client import Sluice
 from sluicegate.shared.celery_app import JobMessage, make_celery, publish
@@ -136,8 +135,9 @@ class Rig:
         self.client = Sluice(settings)
         self._app = make_celery(settings)
         self.redis = redis.Redis.from_url(settings.redis_dsn)
+        # Tests ask all the time, and restart the server under it.
         self._engine = create_engine(
-            settings.database_dsn, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+            settings.database_dsn, pool_pre_ping=True, isolation_level="AUTOCOMMIT"
         )
         self._services: list[Service] = []
         self._numbers = count(1)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from sluicegate.shared.bodies import IN_THE_CLEAR, Bodies
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.ids import new_id
-from sluicegate.shared.jobs import JobSpec, Lane
+from sluicegate.shared.jobs import JobSpec, Lane, build_spec
+from sluicegate.shared.secrets import SecretUnreadable
 from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.statements import Database, through_disconnects
 
@@ -78,6 +80,10 @@ RETURNING j.id, j.queue, j.fence, j.published_at
 """
 
 
+#: Stands in for a request that this worker cannot open; nobody is called with it.
+_UNOPENED = build_spec("general", "-")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A claimed job. Whoever holds it writes with its `fence`, or not at all."""
@@ -99,6 +105,8 @@ class Job:
     #: Its deadline on the event loop's clock.
     deadline_s: float
     spec: JobSpec
+    #: Why its request cannot be read here, so that it is not to be called for; mostly empty.
+    unreadable: str = ""
     #: Somebody wants it cancelled: it is not to be called for.
     unwanted: bool = False
     #: It has stood in line already, or was put off.
@@ -108,6 +116,8 @@ class Job:
     ruled_out: tuple[UUID, ...] = ()
     #: The row of each call that its provider has failed.
     tried: tuple[UUID, ...] = ()
+    #: False: Postgres has room for it although the copy of its budget says no.
+    asks_budget: bool = True
 
 
 class Claims:
@@ -122,10 +132,12 @@ class Claims:
         max_items: int,
         spacing_s: float,
         give_up_after_s: float,
+        bodies: Bodies = IN_THE_CLEAR,
     ) -> None:
         self._db = db
         self._queues = list(queues)
         self._give_up_after_s = give_up_after_s
+        self._bodies = bodies
         self._claiming: set[UUID] = set()
         self.worker_id = worker_id
         self.held: set[UUID] = set()
@@ -188,6 +200,7 @@ class Claims:
         now = asyncio.get_running_loop().time()
         by_claim: dict[UUID, list[Job]] = {claim_id: [] for claim_id, _ in requests}
         for row in rows:
+            spec, unreadable = self._read(row.request)
             by_claim[row.claim_id].append(
                 Job(
                     id=row.id,
@@ -204,7 +217,8 @@ class Claims:
                     cost_nano_usd=row.cost_nano_usd,
                     created_at=row.created_at,
                     deadline_s=now + row.left_s,
-                    spec=JobSpec.model_validate_json(row.request),
+                    spec=spec,
+                    unreadable=unreadable,
                     unwanted=row.unwanted,
                     waited=row.waited,
                     refused=tuple(row.refused),
@@ -213,3 +227,10 @@ class Claims:
                 )
             )
         return [by_claim[claim_id] for claim_id, _ in requests]
+
+    def _read(self, request: str) -> tuple[JobSpec, str]:
+        """Return what is asked for, or why it cannot be read."""
+        try:
+            return JobSpec.model_validate_json(self._bodies.open_request(request)), ""
+        except SecretUnreadable:
+            return _UNOPENED, "a worker's SLUICE_ENCRYPTION_KEYS lacks the key of its request"

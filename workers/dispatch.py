@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 from uuid import UUID
 
+from sluicegate.workers import ledger
 from sluicegate.workers.coalescing import Coalescer
+from sluicegate.workers.failpoints import failpoint
+from sluicegate.workers.ledger import Full, Told
 from sluicegate.workers.statements import Database, through_disconnects
 
 # Locks go workers, jobs, attempts, each by key. A job that was lost on the way (another fence, or
 # no worker row any more) gets no attempt, so no call is made for it. The last branch answers a
 # repeat: attempt ids are made by the worker, so the same statement twice opens them once.
-_DISPATCH = """
+_DISPATCH = f"""
 WITH me AS (
     SELECT id FROM workers WHERE id = ANY(%(worker_ids)s::uuid[]) ORDER BY id FOR KEY SHARE
 ), wanted AS (
     SELECT * FROM json_to_recordset(%(items)s::json) AS t(
-        attempt_id uuid, job_id uuid, worker_id uuid, fence bigint, number smallint,
+        n int, attempt_id uuid, job_id uuid, worker_id uuid, fence bigint, number smallint,
         provider_id uuid, provider text, model text,
         reserved_nano_usd bigint, baseline_reserved_nano_usd bigint)
 ), held AS (
@@ -26,19 +30,39 @@ WITH me AS (
     WHERE j.fence = wanted.fence AND j.state = 'running'
     ORDER BY j.id
     FOR NO KEY UPDATE OF j
-), opened AS (
+), {ledger.ROOM}, opened AS (
     INSERT INTO attempts (id, job_id, fence, number, worker_id, account_id, use_case, provider_id,
-                          provider, model, state, reserved_nano_usd, baseline_reserved_nano_usd)
+                          provider, model, state, reserved_nano_usd, baseline_reserved_nano_usd,
+                          dispatched_at)
     SELECT attempt_id, job_id, fence, number, worker_id, account_id, use_case, provider_id,
-           provider, model, 'dispatching', reserved_nano_usd, baseline_reserved_nano_usd
-    FROM held
+           provider, model, 'dispatching', reserved_nano_usd, baseline_reserved_nano_usd,
+           greatest(now(), (SELECT max(started_at) FROM applies WHERE applies.n = held.n))
+    FROM held WHERE held.n <> ALL(ARRAY(SELECT n FROM full_))
     ON CONFLICT (id) DO NOTHING
-    RETURNING id
+    RETURNING id, account_id, use_case, reserved_nano_usd
+), {ledger.HOLD.format(source="opened")}, refused AS ({ledger.FULL}
 )
-SELECT id FROM opened
+SELECT id AS attempt_id, NULL::json AS problem, NULL::json AS budget FROM opened
 UNION ALL
-SELECT a.id FROM wanted JOIN attempts a ON a.id = wanted.attempt_id
+SELECT a.id, NULL, NULL FROM wanted JOIN attempts a ON a.id = wanted.attempt_id
 WHERE a.state = 'dispatching'
+UNION ALL
+SELECT wanted.attempt_id, refused.problem, NULL FROM refused JOIN wanted USING (n)
+UNION ALL
+SELECT NULL, NULL, {ledger.COPY} FROM after b
+"""
+
+# Whether there would be room, for what the copy in Redis has refused: only Postgres says that a job
+# fails.
+_LOOK = f"""
+WITH held AS (
+    SELECT * FROM json_to_recordset(%(items)s::json) AS t(
+        n int, account_id uuid, use_case text, reserved_nano_usd bigint)
+), {ledger.LOOK}, refused AS ({ledger.FULL}
+)
+SELECT refused.n, refused.problem, NULL::json AS budget FROM refused
+UNION ALL
+SELECT NULL, NULL, {ledger.COPY} FROM budget b
 """
 
 
@@ -63,29 +87,76 @@ class Attempt:
 _COLUMNS = tuple(field.name for field in fields(Attempt))
 
 
-class Dispatcher:
-    """Opens attempts. One that is not opened was refused, and its call must not be made."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    account_id: UUID
+    use_case: str
+    reserved_nano_usd: int
 
-    def __init__(self, *, db: Database, max_items: int, spacing_s: float) -> None:
+
+class Dispatcher:
+    """Opens attempts. One that is not opened was refused, and its call must not be made.
+
+    `told` hears of every budget that has changed, or was looked at.
+    """
+
+    def __init__(self, *, db: Database, max_items: int, spacing_s: float, told: Told) -> None:
         self._db = db
-        self._open = Coalescer[Attempt, bool](
+        self._told = told
+        self._open = Coalescer[Attempt, "Full | bool"](
             statement=self._open_many, max_items=max_items, spacing_s=spacing_s
         )
+        self._look = Coalescer[_Wish, "Full | None"](
+            statement=self._look_many, max_items=max_items, spacing_s=spacing_s
+        )
 
-    async def open(self, attempt: Attempt) -> bool:
-        """Record the attempt; False if the job is no longer this worker's.
+    async def open(self, attempt: Attempt) -> Full | bool:
+        """Record the attempt; False if the job is no longer this worker's, `Full` without room.
 
         Waits through any outage of Postgres: an attempt that may or may not be recorded could be
         resolved by nobody as long as this worker lives.
         """
         return await self._open(attempt)
 
-    async def _open_many(self, attempts: Sequence[Attempt]) -> list[bool]:
-        items = [{name: getattr(attempt, name) for name in _COLUMNS} for attempt in attempts]
+    async def look(self, account_id: UUID, use_case: str, reserved_nano_usd: int) -> Full | None:
+        """Return the budget that has no room for such an attempt just now, if there is one."""
+        wish = _Wish(account_id=account_id, use_case=use_case, reserved_nano_usd=reserved_nano_usd)
+        return await self._look(wish)
+
+    async def _open_many(self, attempts: Sequence[Attempt]) -> list[Full | bool]:
+        items = [
+            {name: getattr(attempt, name) for name in _COLUMNS} | {"n": n}
+            for n, attempt in enumerate(attempts)
+        ]
         worker_ids = list({attempt.worker_id for attempt in attempts})
         rows = await through_disconnects(
             lambda: self._db.execute(_DISPATCH, items, worker_ids=worker_ids),
             give_up_after_s=None,
         )
-        opened = {row.id for row in rows}
-        return [attempt.attempt_id in opened for attempt in attempts]
+        failpoint("opened")
+        self._tell(rows)
+        # A repeat may find its own reservation in the way: what is open is open.
+        opened = {row.attempt_id for row in rows if row.problem is None}
+        full = {row.attempt_id: Full.read(row.problem) for row in rows if row.problem is not None}
+        return [
+            attempt.attempt_id in opened or full.get(attempt.attempt_id, False)
+            for attempt in attempts
+        ]
+
+    async def _look_many(self, wishes: Sequence[_Wish]) -> list[Full | None]:
+        # Each by itself: they are asked about, not let in.
+        items = [
+            {"account_id": wish.account_id, "use_case": wish.use_case, "n": n,
+             "reserved_nano_usd": wish.reserved_nano_usd}
+            for n, wish in enumerate(wishes)
+        ]  # fmt: skip
+        rows = await through_disconnects(
+            lambda: self._db.execute(_LOOK, items), give_up_after_s=None
+        )
+        self._tell(rows)
+        full = {row.n: Full.read(row.problem) for row in rows if row.problem is not None}
+        return [full.get(n) for n in range(len(wishes))]
+
+    def _tell(self, rows: Sequence[Any]) -> None:
+        if copies := [row.budget for row in rows if row.budget is not None]:
+            self._told(copies)

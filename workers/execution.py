@@ -20,7 +20,7 @@ from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, InvalidJob, UnknownPrice
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.settings import Settings
-from sluicegate.workers import outcomes, reports
+from sluicegate.workers import affording, outcomes, reports
 from sluicegate.workers.calling import Caller
 from sluicegate.workers.calls import CutOffError
 from sluicegate.workers.claims import Claims, Job
@@ -28,7 +28,15 @@ from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.failpoints import failpoint
 from sluicegate.workers.gates import UNASKED, Gates
 from sluicegate.workers.heartbeat import Heartbeat
-from sluicegate.workers.placement import HandOff, Held, Placement, Plan, after_failure
+from sluicegate.workers.ledger import Full
+from sluicegate.workers.placement import (
+    HandOff,
+    Held,
+    OverBudget,
+    Placement,
+    Plan,
+    after_failure,
+)
 from sluicegate.workers.providers.base import ProviderError
 from sluicegate.workers.replies import Channel, Replies
 from sluicegate.workers.retry import Expire, GiveUp, Next, Retry, RetryPolicy
@@ -41,6 +49,9 @@ log = logging.getLogger(__name__)
 _DEFECT = outcomes.refusal("a defect of ours ended it; it is logged", ErrorClass.INTERNAL)
 _TOO_LATE = outcomes.refusal("its deadline passed before it was answered", ErrorClass.TIMEOUT)
 _CANCELLED = outcomes.refusal(CANCELLED, ErrorClass.CANCELLED)
+
+#: A request that is encrypted with a key which is not here: until somebody has given it to us.
+_UNREADABLE_PARK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,10 @@ class Holding:
     said: dict[UUID, str] = field(default_factory=dict)
     #: Of the last call that failed.
     error_class: ErrorClass | None = None
+    #: Until when it waits here for calls under way to free its budget; None: it did not have to.
+    patient_until_s: float | None = None
+    #: Before it is placed again.
+    rest_s: float = 0.0
 
     @property
     def reasons(self) -> str:
@@ -96,6 +111,8 @@ class Execution:
         self._parts = parts
         #: Jobs in hand that are to be cancelled and have no call under way.
         self._unwanted: set[UUID] = set()
+        #: Jobs that wait here for room in a budget.
+        self._resting = 0
         #: Set when the worker stops: a cancellation then means that the time is up.
         self.stopping = False
 
@@ -156,6 +173,9 @@ class Execution:
         try:
             if job.unwanted:
                 return await self._end(job, outcomes.released(job))
+            if job.unreadable:
+                why = job.unreadable
+                return await self._end(job, outcomes.parked(job, _UNREADABLE_PARK_S, why))
             return await self._carry(job)
         except Exception:
             # The log says where; the caller is told that it was us.
@@ -176,18 +196,21 @@ class Execution:
                 if not self.stopping:
                     await self._end(job, outcomes.failed(job, State.CANCELLED, _CANCELLED))
                 raise
-            if not isinstance(place, Plan):
-                return await self._end(job, place)
-            step = await self._attempt(job, place, holding)
-            if not isinstance(step, Job):
-                return step
-            job = step
+            step = await self._attempt(job, place, holding) if isinstance(place, Plan) else place
+            match step:
+                case Job():
+                    job = step
+                case None | Again():
+                    return step
+                case settlement:
+                    return await self._end(job, settlement)
 
     async def _place(  # noqa: PLR0911 - each way in which it does not come to a call
         self, job: Job, holding: Holding
-    ) -> Plan | Settlement:
-        """Find who takes the job now; or what ends this holding of it."""
+    ) -> Plan | Job | Settlement:
+        """Find who takes the job now; or what ends this holding of it; or a reason to look anew."""
         parts = self._parts
+        await self._rest(holding)
         await parts.heartbeat.wait_valid()
         if job.deadline_s <= asyncio.get_running_loop().time():
             return outcomes.failed(job, State.EXPIRED, _TOO_LATE, why=holding.reasons)
@@ -206,6 +229,12 @@ class Execution:
         match place:
             case HandOff(queue, refused):
                 return outcomes.handed_off(replace(job, refused=refused), queue)
+            case OverBudget(plan):
+                reserve = plan.reserved_nano_usd
+                full = await parts.dispatcher.look(job.account_id, job.use_case, reserve)
+                if full is None:
+                    return replace(job, asks_budget=False)  # the copy is old
+                return self._over_budget(job, full, holding)
             case Held(None, why, error_class):
                 known = holding.error_class or error_class
                 error = outcomes.refusal(f"nobody can take it: {why}", known)
@@ -215,8 +244,36 @@ class Execution:
             case plan:
                 return plan
 
-    async def _attempt(self, job: Job, plan: Plan, holding: Holding) -> Job | Again | None:
-        """Make one call; return the job if it is to be placed anew."""
+    async def _rest(self, holding: Holding) -> None:
+        if not holding.rest_s:
+            return
+        self._resting += 1
+        try:
+            await asyncio.sleep(holding.rest_s)
+        finally:
+            self._resting -= 1
+            holding.rest_s = 0.0
+
+    def _over_budget(self, job: Job, full: Full, holding: Holding) -> Job | Settlement:
+        """Wait for room in a budget, here or in Postgres, or end the job if there will be none."""
+        now_s = asyncio.get_running_loop().time()
+        if holding.patient_until_s is None:
+            crowded = self._resting >= affording.RESTING_MAX
+            holding.patient_until_s = now_s + (0.0 if crowded else affording.PATIENCE_S)
+        match affording.afford(full, job.lane, patience_s=holding.patient_until_s - now_s):
+            case affording.Refuse():
+                refusal = outcomes.refusal(str(full), ErrorClass.BUDGET)
+                return outcomes.failed(job, State.FAILED, refusal)
+            case affording.Park(after_s):
+                return outcomes.parked(job, after_s, str(full))
+            case affording.Rest(rest_s):
+                holding.rest_s = rest_s
+                return replace(job, asks_budget=True)
+
+    async def _attempt(
+        self, job: Job, plan: Plan, holding: Holding
+    ) -> Job | Settlement | Again | None:
+        """Make one call; return the job if it is to be placed anew, or what ends it uncalled."""
         parts = self._parts
         # Dispatch: from here on the call may cost money, whatever becomes of this process.
         attempt = Attempt(
@@ -234,9 +291,10 @@ class Execution:
         returned = reports.returned(job, plan)
         with parts.gates.giving_back(returned):
             opened = await parts.dispatcher.open(attempt)
-        if not opened:
+        if opened is not True:
             parts.gates.report(returned)
-            return None  # another's by now
+            # Without an attempt it is another's by now.
+            return self._over_budget(job, opened, holding) if opened else None
         failpoint("dispatched")
         if not parts.heartbeat.valid:
             # The statement took so long that this worker may have been declared dead meanwhile.

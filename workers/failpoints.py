@@ -11,7 +11,9 @@ import os
 import signal
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-NAMES = frozenset({"claimed", "dispatched", "answered", "settled"})
+NAMES = frozenset(
+    {"claimed", "opened", "dispatched", "answered", "charged", "settled", "told", "posted"}
+)
 
 
 def _armed(text: str) -> dict[str, signal.Signals]:

@@ -11,6 +11,9 @@ FORCED_OPEN: Final = "its breaker is forced open"
 SAID_NO: Final = "its last call failed"
 FOR_GOOD: Final = "it has refused this job for good"
 
+#: In all that is said of a budget.
+BUDGET: Final = "budget"
+
 WORDS: Final = {
     Reason.BREAKER: "its breaker is open",
     Reason.COOLDOWN: "it asked for a rest",
@@ -19,6 +22,8 @@ WORDS: Final = {
     Reason.CONCURRENCY: "it has as many calls under way as it takes",
     Reason.RETRIES: "it gets no second tries for now",
     Reason.SUSPENDED: "it refused this account's key or quota and is suspended for it",
+    Reason.BUDGET_SPENT: "the account's budget is spent",
+    Reason.BUDGET_HELD: "calls under way hold the rest of the account's budget",
 }
 
 

@@ -16,14 +16,15 @@ import orjson
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from sluicegate.shared.queues import JOURNAL_FIELD, JOURNAL_KEY
 from sluicegate.workers.coalescing import run_apart
+from sluicegate.workers.ledger import Told
 from sluicegate.workers.settlement import Settled, Settlement, settle_all
 from sluicegate.workers.statements import Database
 
 log = logging.getLogger(__name__)
 
-KEY = "journal"
-_FIELD = "s"
+KEY = JOURNAL_KEY
 _BATCH = 200
 
 
@@ -39,7 +40,9 @@ class Journal:
         """Keep settlements; if Redis is away too, they stay in memory alone, and we say so."""
         pipeline = self._client.pipeline(transaction=False)
         for settlement in settlements:
-            pipeline.execute_command("XADD", self._key, "*", _FIELD, orjson.dumps(settlement))
+            pipeline.execute_command(
+                "XADD", self._key, "*", JOURNAL_FIELD, orjson.dumps(settlement)
+            )
         try:
             ids = await pipeline.execute()
         except (RedisError, OSError) as error:
@@ -61,10 +64,11 @@ class Journal:
         ]
         await self._delete(ids)
 
-    async def drain(self, db: Database) -> list[tuple[Settlement, Settled]]:
+    async def drain(self, db: Database, told: Told) -> list[tuple[Settlement, Settled]]:
         """Book everything that is kept; return what moved, for its events and messages.
 
-        Raises a connection error if Postgres is away; nothing is removed then.
+        `told` hears of the budgets that were charged. Raises a connection error if Postgres is
+        away; nothing is removed then.
         """
         moved: list[tuple[Settlement, Settled]] = []
         start = "-"
@@ -75,8 +79,8 @@ class Journal:
             )
             if not entries:
                 return moved
-            settlements = [_decode(fields[_FIELD.encode()]) for _, fields in entries]
-            outcomes = await self._settle(db, settlements)
+            settlements = [_decode(fields[JOURNAL_FIELD]) for _, fields in entries]
+            outcomes = await self._settle(db, settlements, told)
             booked = []
             for (id_, _), settlement, outcome in zip(entries, settlements, outcomes, strict=True):
                 if isinstance(outcome, BaseException):
@@ -89,13 +93,13 @@ class Journal:
             start = "(" + entries[-1][0].decode()
 
     async def _settle(
-        self, db: Database, settlements: Sequence[Settlement]
+        self, db: Database, settlements: Sequence[Settlement], told: Told
     ) -> list[Settled | BaseException]:
         outcomes: list[Settled | BaseException] = []
         # One by one would be slow, all at once may name a job twice: a repeat of the same
         # attempt settles nothing, so only the rare second entry of a job goes by itself.
         for settlement in settlements:
-            outcomes += await run_apart(lambda items: settle_all(db, items), [settlement])
+            outcomes += await run_apart(lambda items: settle_all(db, items, told), [settlement])
         return outcomes
 
     async def _delete(self, ids: Sequence[bytes]) -> None:

@@ -15,6 +15,7 @@ import redis.asyncio
 from celery import Celery
 
 from sluicegate.shared import database
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, send
 from sluicegate.shared.database import BY_KEY, CONNECTION_ERRORS, check_schema, make_async_engine
@@ -25,6 +26,7 @@ from sluicegate.shared.queues import parse_queue, pool_queues
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
+from sluicegate.workers.budget_copying import BudgetCopying
 from sluicegate.workers.calling import Caller
 from sluicegate.workers.claims import Claims
 from sluicegate.workers.dispatch import Dispatcher
@@ -107,6 +109,7 @@ class Worker:
         """Connect, check the schema, enter the worker's row; raises a clear error."""
         settings = self._settings
         self._keyring = Keyring.of(settings)
+        bodies = Bodies.of(settings)
         # The catalogue is read with SQLAlchemy; what every job takes goes past it.
         self._engine = make_async_engine(
             settings, application_name=f"sluice {self._name}", pool_size=1
@@ -146,8 +149,10 @@ class Worker:
             max_items=settings.coalesce_max,
             spacing_s=settings.spacing_s,
             give_up_after_s=settings.grace_s,
+            bodies=bodies,
         )
         self._gates = Gates(client=self._redis, settings=settings)
+        self._copying = BudgetCopying(client=self._redis, settings=settings)
         estimates = TokenEstimates()
         journal = Journal(client=self._redis, prefix=settings.redis_prefix)
         self._replies = Replies(settings, self._redis)
@@ -161,6 +166,8 @@ class Worker:
             spacing_s=settings.spacing_s,
             journal=journal.append,
             forget=journal.forget,
+            bodies=bodies,
+            told=self._copying.told,
         )
         self._caller = Caller(
             settings=settings,
@@ -187,6 +194,7 @@ class Worker:
                     db=self._db,
                     max_items=settings.coalesce_max,
                     spacing_s=settings.spacing_s,
+                    told=self._copying.told,
                 ),
                 caller=self._caller,
                 gates=self._gates,
@@ -284,12 +292,14 @@ class Worker:
             # Without its row this worker is dead to the fleet: jobs it had not dispatched are
             # queued again, calls that were cut off become unknown attempts.
             await self._heartbeat.leave()
-            await self._publish(await resolve_lost(self._db, self._replies))
+            messages = await resolve_lost(self._db, self._replies, self._copying.told)
+            await self._publish(messages)
         except DATABASE_ERRORS as error:
             log.warning(
                 "Postgres is away (%s): the sweep will resolve what is left here",
                 type(error).__name__,
             )
+        await self._copying.finish()
         await self._gates.stop()
         await self._replies.close()
         await self._adapters.close()

@@ -6,13 +6,13 @@ from typing import Any
 
 from sluicegate.shared import endings
 from sluicegate.shared.catalogue import Provider
-from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.errors import ErrorClass, UnknownPrice
 from sluicegate.shared.jobs import AttemptState, Lane, State
 from sluicegate.shared.messages import Usage
-from sluicegate.shared.pricing import PRICE_VERSION, baseline_nano_usd
+from sluicegate.shared.pricing import baseline_nano_usd, price_version
 from sluicegate.workers.claims import Job
 from sluicegate.workers.dispatch import Attempt
-from sluicegate.workers.providers.base import Answer, ProviderError
+from sluicegate.workers.providers.base import Answer, Partial, ProviderError
 from sluicegate.workers.settlement import Settled, Settlement
 
 _NO_USAGE: dict[str, int] = Usage().model_dump()
@@ -22,11 +22,7 @@ def succeeded(
     job: Job, attempt: Attempt, provider: Provider, answer: Answer, baseline_model: str
 ) -> Settlement:
     """Book the cost of an attempt that answered, and end the job with the result."""
-    booking = (
-        estimate(attempt)
-        if answer.usage is None
-        else actual(provider, answer.usage, answer.raw_usage, baseline_model)
-    )
+    booking = booked(attempt, provider, answer, baseline_model)
     body = _body(job, State.SUCCEEDED, booking) | {
         "text": answer.text,
         "tool_calls": [call.model_dump(mode="json") for call in answer.tool_calls],
@@ -61,7 +57,7 @@ def ended_attempt(
     booking: Settlement = {}
     partial = error.partial
     if partial.exact and partial.usage is not None:
-        booking = actual(provider, partial.usage, partial.raw_usage, baseline_model)
+        booking = booked(attempt, provider, partial, baseline_model)
     elif error.sent and (error.status is None or error.status < 400):
         booking = estimate(attempt)
     return _ended(attempt, AttemptState.FAILED) | booking | _reason(error)
@@ -136,11 +132,24 @@ def released(job: Job, attempt: Attempt | None = None) -> Settlement:
     return _move(job, State.QUEUED) | ended
 
 
-def actual(
-    provider: Provider, usage: Usage, raw_usage: dict[str, Any] | None, baseline_model: str
+def booked(
+    attempt: Attempt, provider: Provider, said: Answer | Partial, baseline_model: str
 ) -> Settlement:
-    """Book what the provider reported."""
-    card = provider.card
+    """Book what the provider reported, or the reservation if it reported nothing."""
+    if said.usage is None:
+        return estimate(attempt)
+    try:
+        return actual(provider, said.usage, said, baseline_model)
+    except UnknownPrice:
+        # The fleet has adopted a price list during the call that lacks the model.
+        return estimate(attempt) | {"raw_usage": said.raw_usage}
+
+
+def actual(
+    provider: Provider, usage: Usage, said: Answer | Partial, baseline_model: str
+) -> Settlement:
+    """Book a usage at the price of the tier that the provider says served it."""
+    card = provider.card_of(said.service_tier)
     return {
         "kind": "actual",
         "amount_nano_usd": card.cost_nano_usd(usage),
@@ -151,7 +160,7 @@ def actual(
         "cache_write_1h_tokens": usage.cache_write_1h,
         "output_tokens": usage.output,
         "reasoning_tokens": usage.reasoning,
-        "raw_usage": raw_usage,
+        "raw_usage": said.raw_usage,
         "price_version": card.version,
     }
 
@@ -162,7 +171,7 @@ def estimate(attempt: Attempt) -> Settlement:
         "kind": "estimate",
         "amount_nano_usd": attempt.reserved_nano_usd,
         "baseline_nano_usd": attempt.baseline_reserved_nano_usd,
-        "price_version": PRICE_VERSION,
+        "price_version": price_version(),
     }
 
 

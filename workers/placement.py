@@ -39,6 +39,7 @@ _BULK_PATIENCE = 5
 _SOON_S = {Lane.INTERACTIVE: (0.5, 3.0), Lane.BULK: (2.0, 20.0)}
 
 _AT_LIMIT = frozenset({Reason.REQUESTS, Reason.TOKENS, Reason.CONCURRENCY})
+_OVER_BUDGET = frozenset({Reason.BUDGET_SPENT, Reason.BUDGET_HELD})
 
 #: How many jobs stand at one row's gate in one process; more would ask it all the time.
 _STANDING_MAX = 64
@@ -77,6 +78,13 @@ class HandOff:
 
     queue: str
     refused: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OverBudget:
+    """The copy of the account's budget has no room for `plan`; Postgres is to be asked."""
+
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +138,7 @@ class Placement:
         *,
         said: Mapping[UUID, str],
         first_token_ms: Mapping[UUID, float],
-    ) -> Plan | HandOff | Held:
+    ) -> Plan | HandOff | OverBudget | Held:
         """Place the job. What is found to take it is admitted, and is to be reported.
 
         `read` gives the catalogue of the moment. `said` are the reasons of `job.refused`, as far as
@@ -152,7 +160,7 @@ class Placement:
         read: Callable[[], Awaitable[Catalogue]],
         said: Mapping[UUID, str],
         first_token_ms: Mapping[UUID, float],
-    ) -> Plan | HandOff | Held:
+    ) -> Plan | HandOff | OverBudget | Held:
         if paused := _pause_of(job, catalogue):
             return Held(_PAUSED_S, paused)
         needs = needs_of(job.spec)
@@ -195,6 +203,8 @@ class Placement:
             verdict = await self._patiently(job, ask, catalogue, read)
             if verdict.reason is None:
                 return replace(plan, verdict=verdict)
+            if verdict.reason in _OVER_BUDGET:
+                return OverBudget(plan)
             refusals.append(self._refusal(job, ask, verdict, plan))
             if job.lane is Lane.BULK and _worth_waiting(verdict):
                 break
@@ -266,7 +276,7 @@ class Placement:
 
     async def _stand_in_line(
         self, job: Job, needs: Needs, catalogue: Catalogue, refusals: list[_Refusal]
-    ) -> Plan | Held:
+    ) -> Plan | OverBudget | Held:
         """Have the job wait for the candidate that may take it first, in its turn there."""
         temporary = [one for one in refusals if one.wait_s is not None]
         served = [one for one in temporary if one.is_served]
@@ -288,6 +298,8 @@ class Placement:
                 verdict = await self._gates.admit(replace(first.ask, line_up=True))
                 if verdict.reason is None:
                     return replace(first.plan, verdict=verdict)
+                if verdict.reason in _OVER_BUDGET:
+                    return OverBudget(first.plan)
                 wait_s = verdict.wait_s
         return Held(wait_s, _listed([await self._asked_why(job, one) for one in refusals]))
 
@@ -316,6 +328,8 @@ class Placement:
         *,
         take: bool = True,
     ) -> Ask:
+        max_tokens = _max_tokens(job, needs, catalogue, provider)
+        asks_budget = take and job.asks_budget
         return Ask(
             attempt_id=new_id(),
             provider=provider,
@@ -326,9 +340,13 @@ class Placement:
                 needs.prompt_tokens,
                 has_attachments="vision" in needs.capabilities,
             ),
-            output_tokens=self._estimates.output_tokens(
-                provider.model, job.use_case, _max_tokens(job, needs, catalogue, provider)
+            output_tokens=self._estimates.output_tokens(provider.model, job.use_case, max_tokens),
+            cost_nano_usd=(
+                provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens)
+                if asks_budget
+                else None
             ),
+            use_case=job.use_case,
             is_retry=provider.id in job.tried,
             take=take,
         )

@@ -84,7 +84,9 @@ def try_provider(
             first_token_ms=answer.first_token_ms,
             duration_ms=answer.duration_ms,
             usage=usage,
-            cost_nano_usd=None if usage is None else provider.card.cost_nano_usd(usage),
+            cost_nano_usd=None
+            if usage is None
+            else provider.card_of(answer.service_tier).cost_nano_usd(usage),
         )
 
     return asyncio.run(call())

@@ -142,12 +142,14 @@ def _line(key: StoredKey, state: KeyState) -> tuple[str, ...]:
 
 @secrets.command("rotate", epilog="Example: sluice secrets rotate")
 def rotate() -> None:
-    """Encrypt all keys in the database anew with the first of SLUICE_ENCRYPTION_KEYS.
+    """Encrypt all that is encrypted in the database anew with the first of SLUICE_ENCRYPTION_KEYS.
 
-    Work goes on meanwhile. Exits with 1 if a key cannot be decrypted.
+    Keys, and requests and answers. Work goes on meanwhile. Exits with 1 if something cannot be
+    decrypted: the key that it needs must not go then.
     """
     from sluicegate.shared import provider_keys
     from sluicegate.shared.catalogue import announce
+    from sluicegate.shared.resealing import reseal
 
     settings = get_settings()
     keyring = Keyring.of(settings)
@@ -159,12 +161,23 @@ def rotate() -> None:
 
         done = provider_keys.rotate(line, keyring, progress=progress)
         stored = provider_keys.list_keys(line) if done.unreadable else []
+        signing = provider_keys.list_alert_secrets(line) if done.unreadable else []
+
+        def resealed(so_far: Rotation) -> None:
+            status.update(f"Encrypting: {so_far.renewed + so_far.current:,} requests and answers")
+
+        bodies = reseal(line, keyring, progress=resealed)
         readers = provider_keys.readers(line, keyring)
     told = announce(settings)
     typer.echo(
         f"{done.renewed} encrypted anew, {done.current} with the newest key already, "
         f"{done.unreadable} unreadable"
     )
+    if bodies.renewed or bodies.current or bodies.unreadable:
+        typer.echo(
+            f"requests and answers: {bodies.renewed:,} encrypted anew, {bodies.current:,} with the "
+            f"newest key already, {bodies.unreadable:,} unreadable"
+        )
     if not told:
         note(
             "Redis did not answer: workers read the keys again within "
@@ -172,14 +185,21 @@ def rotate() -> None:
         )
     warn_of(readers)
     if done.unreadable:
+        tokens = [(str(key), key.token) for key in stored]
+        tokens += [(f"the alert secret of account {name}", token) for name, token in signing]
         names = [
-            str(key)
-            for key in stored
-            if provider_keys.state_of(key.token, keyring) is provider_keys.KeyState.UNREADABLE
+            name
+            for name, token in tokens
+            if provider_keys.state_of(token, keyring) is provider_keys.KeyState.UNREADABLE
         ]
         raise SluiceError(
             "SLUICE_ENCRYPTION_KEYS does not hold what these are encrypted with, so set them "
             f"anew or add it: {', '.join(names)}"
+        )
+    if bodies.unreadable:
+        raise SluiceError(
+            f"SLUICE_ENCRYPTION_KEYS does not hold what {bodies.unreadable:,} requests and answers "
+            "are encrypted with; add that key, and keep it until they are purged or encrypted anew"
         )
 
 

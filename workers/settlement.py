@@ -10,17 +10,21 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+from sluicegate.shared.bodies import IN_THE_CLEAR, Bodies
 from sluicegate.shared.endings import CANCELLED_BODY
+from sluicegate.workers import ledger
 from sluicegate.workers.coalescing import Coalescer
+from sluicegate.workers.failpoints import failpoint
+from sluicegate.workers.ledger import Told
 from sluicegate.workers.statements import Database, through_disconnects
 
 log = logging.getLogger(__name__)
 
-# Locks go jobs, attempts, each by key. An attempt leaves `dispatching` once: whatever comes later
-# finds nothing to move and books nothing. One that was booked as `unknown` takes the actual cost
-# as a correction, and its job is then no longer this worker's (the fence differs), so result and
-# state stay what they are. A job that goes to its next candidate in the same worker stays
-# `running`. One that is to be cancelled is not called for again in any way: it ends.
+# Locks go jobs, attempts, budgets, each by key. An attempt leaves `dispatching` once: whatever
+# comes later finds nothing to move and books nothing. One that was booked as `unknown` takes the
+# actual cost as a correction, and its job is then no longer this worker's (the fence differs), so
+# result and state stay what they are. A job that goes to its next candidate in the same worker
+# stays `running`. One that is to be cancelled is not called for again in any way: it ends.
 _SETTLE = f"""
 WITH wanted AS (
     SELECT * FROM json_to_recordset(%(items)s::json) AS t(
@@ -33,7 +37,8 @@ WITH wanted AS (
         raw_usage json, price_version text,
         queue text, refused uuid[], ruled_out uuid[], held_back text)
 ), job AS (
-    SELECT wanted.n, j.id, j.fence, j.state, j.cancel_requested_at IS NOT NULL AS unwanted
+    SELECT wanted.n, j.id, j.fence, j.state, j.cancel_requested_at IS NOT NULL AS unwanted,
+           j.purged_at IS NOT NULL AS purged
     FROM wanted JOIN jobs j ON j.id = wanted.job_id
     ORDER BY j.id
     FOR NO KEY UPDATE OF j
@@ -46,13 +51,15 @@ WITH wanted AS (
 ), ended AS (
     UPDATE attempts a
     SET state = CASE attempt.was WHEN 'unknown' THEN 'corrected' ELSE wanted.attempt_state END,
-        ended_at = now(), error_class = wanted.error_class, error_message = wanted.error_message,
-        status = wanted.status, request_id = wanted.request_id,
+        ended_at = now(), error_class = wanted.error_class,
+        -- What has been purged or erased does not come back by what is heard late.
+        error_message = CASE WHEN NOT job.purged THEN wanted.error_message END,
+        status = wanted.status, request_id = CASE WHEN NOT job.purged THEN wanted.request_id END,
         first_token_ms = wanted.first_token_ms, duration_ms = wanted.duration_ms
-    FROM attempt JOIN wanted USING (n)
+    FROM attempt JOIN wanted USING (n) JOIN job USING (n)
     WHERE a.id = attempt.id
     RETURNING wanted.n, a.id, attempt.was, a.account_id, a.use_case, a.provider_id, a.provider,
-              a.model,
+              a.model, a.dispatched_at, a.reserved_nano_usd,
               CASE attempt.was WHEN 'unknown' THEN a.reserved_nano_usd ELSE 0 END AS booked,
               CASE attempt.was WHEN 'unknown' THEN a.baseline_reserved_nano_usd ELSE 0 END
                   AS baseline_booked
@@ -61,7 +68,7 @@ WITH wanted AS (
         attempt_id, job_id, account_id, use_case, provider_id, provider, model, kind,
         amount_nano_usd, baseline_nano_usd, input_tokens, cache_read_tokens,
         cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens,
-        raw_usage, price_version)
+        raw_usage, price_version, dispatched_at)
     SELECT ended.id, w.job_id, ended.account_id, ended.use_case, ended.provider_id,
            ended.provider, ended.model,
            CASE ended.was WHEN 'unknown' THEN 'correction' ELSE w.kind END,
@@ -70,11 +77,16 @@ WITH wanted AS (
            coalesce(w.input_tokens, 0), coalesce(w.cache_read_tokens, 0),
            coalesce(w.cache_write_5m_tokens, 0), coalesce(w.cache_write_1h_tokens, 0),
            coalesce(w.output_tokens, 0), coalesce(w.reasoning_tokens, 0),
-           w.raw_usage, coalesce(w.price_version, 'none')
+           w.raw_usage, coalesce(w.price_version, 'none'), ended.dispatched_at
     FROM ended JOIN wanted w USING (n)
     WHERE w.kind IS NOT NULL OR ended.was = 'unknown'
     RETURNING attempt_id, amount_nano_usd
-), plan AS (
+), booked AS (
+    SELECT ended.account_id, ended.use_case, ended.dispatched_at,
+           CASE ended.was WHEN 'dispatching' THEN ended.reserved_nano_usd ELSE 0 END AS released,
+           coalesce(entry.amount_nano_usd, 0) AS spent
+    FROM ended LEFT JOIN entry ON entry.attempt_id = ended.id
+), {ledger.CHARGE.format(source="booked")}, plan AS (
     SELECT w.n, job.id,
            job.fence = w.fence AND job.state = 'running'
                AND (w.attempt_id IS NULL OR ended.id IS NOT NULL) AS holds,
@@ -122,10 +134,13 @@ SELECT w.n, coalesce(j.holds, false) AS moved, j.published_at,
        coalesce(w.queue, was.queue, '') AS queue,
        was.state AS state_before, was.fence AS fence_before,
        CASE WHEN j.holds AND j.state = 'cancelled' AND w.body IS NULL
-            THEN {CANCELLED_BODY} END AS body
+            THEN {CANCELLED_BODY} END AS body,
+       NULL::json AS budget
 FROM wanted w
 LEFT JOIN moved j USING (n)
 LEFT JOIN jobs was ON was.id = w.job_id
+UNION ALL
+SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {ledger.COPY} FROM after b
 """
 
 
@@ -149,10 +164,17 @@ class Settled:
 Settlement = dict[str, Any]
 
 
-async def settle_all(db: Database, settlements: Sequence[Settlement]) -> list[Settled]:
-    """Settle in one statement; safe to repeat. Each job may occur once."""
+async def settle_all(db: Database, settlements: Sequence[Settlement], told: Told) -> list[Settled]:
+    """Settle in one statement; safe to repeat. Each job may occur once.
+
+    `told` hears of the budgets that were charged.
+    """
     items = [settlement | {"n": n} for n, settlement in enumerate(settlements)]
-    by_n = {row.n: row for row in await db.execute(_SETTLE, items)}
+    rows = await db.execute(_SETTLE, items)
+    failpoint("charged")
+    if copies := [row.budget for row in rows if row.budget is not None]:
+        told(copies)
+    by_n = {row.n: row for row in rows}
     return [_read(settlement, by_n[n]) for n, settlement in enumerate(settlements)]
 
 
@@ -185,8 +207,12 @@ class Settler:
         spacing_s: float,
         journal: Callable[[Sequence[Settlement]], Awaitable[None]],
         forget: Callable[[Sequence[Settlement]], Awaitable[None]],
+        told: Told,
+        bodies: Bodies = IN_THE_CLEAR,
     ) -> None:
         self._db = db
+        self._bodies = bodies
+        self._told = told
         self._journal = journal
         self._forget = forget
         self._is_away = False
@@ -202,6 +228,8 @@ class Settler:
 
     async def settle(self, settlement: Settlement) -> Settled:
         """End an attempt (if it names one) and move its job (if it is still held)."""
+        if "body" in settlement:
+            settlement = settlement | {"body": self._bodies.seal_result(settlement["body"])}
         self._unkept[id(settlement)] = settlement
         try:
             if self._is_away:
@@ -215,7 +243,7 @@ class Settler:
         outcomes: list[Settled] = []
         for batch in _one_per_job(settlements):
             outcomes += await through_disconnects(
-                partial(settle_all, self._db, batch),
+                partial(settle_all, self._db, batch, self._told),
                 give_up_after_s=None,
                 on_disconnect=self._keep,
             )

@@ -4,6 +4,7 @@
 -- As `Reason` numbers them.
 local BREAKER, COOLDOWN, REQUESTS_FULL, TOKENS_FULL, CONCURRENCY, NO_RETRIES, SUSPENSION =
     1, 2, 3, 4, 5, 6, 7
+local BUDGET_SPENT, BUDGET_HELD = 8, 9
 
 local RETRIES_MAX, RETRIES_START = 50 * MILLION, 10 * MILLION
 local RETRY_EVERY_US = 5 * MILLION
@@ -12,12 +13,37 @@ local KEPT_US = 5 * MILLION
 local STEP_MIN_US, LINE_MAX_US = 20000, 900 * MILLION
 local TOOK_US = 250000 -- a call, as long as none has been seen
 local FORGET_MAX = 100
+local HELD_WAIT_US = 250000 -- calls end all the time
 
 local is_bulk = CALL.lane == 'bulk'
 local call_key = is_bulk and BULK or FLIGHT
 if row[RECORD] and holds(call_key, CALL.attempt) then
     local record = cjson.decode(row[RECORD])
     return { 0, 0, record[1], record[2] }
+end
+
+-- The account's budgets, as they were lately. Nothing else is worth asking while one is full.
+local spent_until, is_held = 0, false
+for _, packed in ipairs(CALL.budgets and redis.call('HVALS', CALL.budgets) or {}) do
+    local budget = cjson.decode(packed)
+    if budget.use_case == cjson.null or budget.use_case == CALL.use_case then
+        for _, window in ipairs({ 'day', 'month' }) do
+            local limit, resets_at = budget[window .. '_limit'], budget[window .. '_resets_us']
+            if limit ~= cjson.null and now < resets_at then
+                local after = budget[window .. '_spent'] + CALL.cost
+                if after > limit then
+                    spent_until = math.max(spent_until, resets_at)
+                elseif after + budget[window .. '_held'] > limit then
+                    is_held = true
+                end
+            end
+        end
+    end
+end
+if spent_until > 0 then
+    return { BUDGET_SPENT, spent_until - now, row.generation, 0 }
+elseif is_held then
+    return { BUDGET_HELD, HELD_WAIT_US, row.generation, 0 }
 end
 
 settle()

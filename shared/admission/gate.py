@@ -42,6 +42,9 @@ class Reason(StrEnum):
     CONCURRENCY = "concurrency"
     RETRIES = "retries"
     SUSPENDED = "suspended"
+    #: A budget of the account's, by the copy in Redis: by what is spent, or by what is held too.
+    BUDGET_SPENT = "budget_spent"
+    BUDGET_HELD = "budget_held"
 
 
 #: As the script numbers them; 0: admitted.
@@ -79,6 +82,9 @@ class Ask:
     #: Both as estimated; what is used beyond or below it is corrected by the report.
     input_tokens: int
     output_tokens: int
+    #: What it may cost at most; None: the account's budgets are not asked.
+    cost_nano_usd: int | None = None
+    use_case: str = ""
     #: The job was called for at this row before.
     is_retry: bool = False
     #: False: only look whether it could; nothing is written.
@@ -173,6 +179,7 @@ class Gate:
                     is_retry=ask.is_retry,
                     take=ask.take,
                     line_up=ask.line_up,
+                    **self._budgets(ask),
                 ),
             )
             for ask in asks
@@ -270,6 +277,15 @@ class Gate:
             head = (b"%d" % len(row_keys), *row_keys, orjson.dumps(policy))
             known = self._heads[provider.id] = (provider, head)
         return known[1]
+
+    def _budgets(self, ask: Ask) -> dict[str, object]:
+        if ask.cost_nano_usd is None:
+            return {}
+        return {
+            "budgets": keys.budgets_key(self._prefix, ask.account_id),
+            "cost": ask.cost_nano_usd,
+            "use_case": ask.use_case,
+        }
 
     def _call(self, **said: object) -> bytes:
         said["offset_us"] = self.clock_offset_us

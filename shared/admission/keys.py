@@ -30,6 +30,7 @@ REPORT: Final = _script("row", "report")
 RENEW: Final = _script("renew")
 RESET: Final = _script("reset")
 LIFT: Final = _script("lift")
+COPY: Final = _script("copy")
 
 
 def row_key(prefix: str, provider_id: UUID) -> str:
@@ -55,6 +56,11 @@ def probes_key(prefix: str, provider_id: UUID) -> str:
 def suspended_key(prefix: str, provider_id: UUID) -> str:
     """Return the accounts that do not use the row, by the end of that, in µs."""
     return row_key(prefix, provider_id) + ":suspended"
+
+
+def budgets_key(prefix: str, account_id: UUID | str) -> str:
+    """Return the hash of an account's budgets, as Postgres had them lately."""
+    return f"{prefix}budget:1:{account_id}"
 
 
 def changes_key(prefix: str) -> str:

@@ -22,6 +22,7 @@ from sluicegate.producers.reply_channels import Channel, Delivery
 from sluicegate.producers.steering import reopening
 from sluicegate.producers.storing import Stored
 from sluicegate.producers.submission import Desk, Draft, Request
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import Catalogue, Provider
 from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, NotFound, SluiceError
@@ -56,6 +57,7 @@ class _Ended(NamedTuple):
     account_id: UUID
     is_active: bool
     request: str
+    purged_at: None = None
 
 
 def _ended(job: FakeJob) -> _Ended:
@@ -185,7 +187,7 @@ class Fleet:
             options=options,
             account=self._accounts.name(draft.account_id),
             draft=draft,
-            spec=JobSpec.model_validate_json(draft.request),
+            spec=JobSpec.model_validate_json(Bodies.of(self.settings).open_request(draft.request)),
             state=draft.state,
             committed=committed,
         )

@@ -210,6 +210,7 @@ class FakeJob:
             deadline_at=self.deadline_at,
             held_back=None,
             finished_at=self.result and self.result.finished_at,
+            purged_at=None,
             idempotency_key=self.idempotency_key,
             request_id=self.draft.request_id,
             submitted_by=self.draft.submitted_by,

@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from sluicegate import (
     AsyncSluice,
+    BudgetExceeded,
     IdempotencyConflict,
     IllegalTransition,
     InvalidJob,
@@ -40,6 +41,7 @@ from sluicegate import (
     State,
 )
 from sluicegate.shared.accounts import add_account, list_accounts
+from sluicegate.shared.admission.keys import budgets_key
 from sluicegate.shared.catalogue import read
 from sluicegate.shared.secrets import Secret
 from sluicegate.shared.settings import Settings
@@ -547,6 +549,39 @@ def test_a_job_is_never_there_if_its_transaction_is_rolled_back(client: Client, 
         client.get(job.id)
     with pytest.raises(NotFound, match="has not committed, or was rolled back"):
         job.result()
+
+
+def test_a_full_budget_is_told_by_the_worker_and_then_at_once(client: Client, rig: Rig) -> None:
+    if isinstance(client.client, FakeSluice | AsyncFakeSluice):
+        for act in (
+            lambda: client.client.set_budget("acme", daily=1),
+            client.client.budgets,
+            lambda: client.client.clear_budget("acme"),
+        ):
+            with pytest.raises(NotImplementedError, match="this method is not faked"):
+                client.run(act())
+        return
+    name = f"budget-{uuid4().hex}"
+    with create_engine(rig.settings.database_dsn, poolclass=NullPool).begin() as connection:
+        account = add_account(connection, name)
+    client.run(client.client.set_budget(name, daily=1))
+    cost = client.submit("draft", "ECHO: paid", account=name).result().cost
+    budget = client.run(client.client.set_budget(name, daily=cost))
+    assert (budget.day.spent, budget.day.held, budget.day.left) == (cost, 0, 0)
+    job = client.submit_many("draft", ["ECHO: too much"], account=name)[0]
+    with pytest.raises(JobFailed, match=r"the account's daily budget of .* is full"):
+        job.result()
+    view = client.get(job.id)
+    assert (view.result.error.error_class, view.history) == ("budget", ())
+    # The sweep brings the new limit to Redis, where submitters see it.
+    key = budgets_key(rig.settings.redis_prefix, account.id)
+    limit = f'"day_limit":{budget.day.limit_nano_usd},'.encode()
+    eventually(lambda: any(limit in copy for copy in rig.redis.hvals(key)))
+
+    with pytest.raises(BudgetExceeded) as refused:
+        client.submit("complex", "too much", account=name)
+    assert (refused.value.account, refused.value.spent) == (name, cost)
+    assert client.list_jobs(account=name, use_case="complex") == []
 
 
 def test_what_is_not_there_is_not_found(client: Client) -> None:

@@ -82,6 +82,8 @@ def test_each_example_runs(rig: Rig, call: Callable[[str], tuple[int, str]]) -> 
     waiting, failed = client.submit_many("vision", ["waits", "fails"])
     batch = client.submit_batch("summary", ["one", "two"])
     idle = client.submit_batch("vision", ["waits"])
+    # Of its own, as it is erased.
+    rig.rows("INSERT INTO accounts (id, name) VALUES (gen_random_uuid(), 'initech') RETURNING id")
     answered.result(timeout=60)
     rig.rows(_FAIL, id=failed.id)
     ids: dict[str, UUID] = {"sluice job cancel": waiting.id, "sluice bulk cancel": idle.id}

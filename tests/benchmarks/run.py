@@ -26,6 +26,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sluicegate.shared.errors import SluiceError
+from tests.benchmarks import cost, reports
 from tests.benchmarks.cases import CASES, GATED, UNGATED, Case
 from tests.benchmarks.gate_cases import GATE_CASES, Figures, GateCase
 from tests.benchmarks.measuring import BenchError, Cores, Measured, Summary, summarise
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     width = None if sys.stderr.isatty() else 160
     console = Console(stderr=True, quiet=options.json_only, width=width)
+    if options.cost or options.reports:
+        return _money(options, console)
     cases = [case for case in CASES if not options.case or case.name in options.case]
     gate_cases = [case for case in GATE_CASES if not options.case or case.name in options.case]
     if options.tiny:
@@ -72,6 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{json.dumps(line)}\n")
     if figures:
         console.print(figure_table(figures))
+    return 0
+
+
+def _money(options: argparse.Namespace, console: Console) -> int:
+    """Measure what jobs cost, or how long reports take."""
+    try:
+        if options.cost:
+            cost.main(console)
+        else:
+            entries = reports.TINY if options.tiny else reports.ENTRIES
+            reports.main(console, entries=entries, rounds=options.rounds)
+    except (BenchError, SluiceError) as problem:
+        sys.stderr.write(f"bench: {problem}\n")
+        return 1
     return 0
 
 
@@ -201,6 +218,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [*(case.name for case in CASES), *(case.name for case in GATE_CASES)]
     parser.add_argument(
         "--case", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}"
+    )
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument(
+        "--cost", action="store_true", help="only what the shipped CRM jobs cost, by use case"
+    )
+    alone.add_argument(
+        "--reports",
+        action="store_true",
+        help=f"only how long reports over {reports.ENTRIES:,} cost entries take",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6, help="length of each window")

@@ -33,6 +33,7 @@ from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settlement, settle_all
 from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.rescuer import resolve_lost
+from tests.books import untold
 from tests.harness import FULL
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class Lines:
         self.db = Database(settings, application_name="test", size=4, planner=BY_KEY)
         self.redis = make_async_redis(settings)
         self.replies = Replies(settings.model_copy(update={"spacing_s": 0}), self.redis)
-        self.dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0)
+        self.dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0, told=untold)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(coroutine)
@@ -184,7 +185,7 @@ class JobStates(RuleBasedStateMachine):
                 "amount_nano_usd": COST,
                 "baseline_nano_usd": COST,
             }
-        self.lines.wait(settle_all(self.lines.db, [settlement]))
+        self.lines.wait(settle_all(self.lines.db, [settlement], untold))
 
     @rule(worker=st.integers(0, 1))
     def die(self, worker: int) -> None:
@@ -193,13 +194,13 @@ class JobStates(RuleBasedStateMachine):
 
     @rule()
     def resolve(self) -> None:
-        self.lines.wait(resolve_lost(self.lines.db, self.lines.replies))
+        self.lines.wait(resolve_lost(self.lines.db, self.lines.replies, untold))
 
     @rule()
     def resolve_twice_at_once(self) -> None:
         async def both() -> None:
             await asyncio.gather(
-                *(resolve_lost(self.lines.db, self.lines.replies) for _ in range(2))
+                *(resolve_lost(self.lines.db, self.lines.replies, untold) for _ in range(2))
             )
 
         self.lines.wait(both())

@@ -622,7 +622,7 @@ def test_an_accounts_money_by_its_own_months(sluice: Command, engine: Engine) ->
     added = sluice("account", "add", "acme", "--time-zone", "Pacific/Kiritimati", "--json").json
     entry = (
         "INSERT INTO cost_entries (attempt_id, job_id, account_id, use_case, provider_id, provider,"
-        " model, kind, amount_nano_usd, baseline_nano_usd, price_version, created_at) SELECT"
+        " model, kind, amount_nano_usd, baseline_nano_usd, price_version, dispatched_at) SELECT"
         f" gen_random_uuid(), gen_random_uuid(), '{added['id']}', 'draft', gen_random_uuid(), 'p',"
         " 'm', 'actual', {amount}, 0, 'v', date_trunc('month', now() AT TIME ZONE"
         " 'Pacific/Kiritimati') AT TIME ZONE 'Pacific/Kiritimati' + interval '{shift}' RETURNING 1"

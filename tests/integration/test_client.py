@@ -352,8 +352,9 @@ def _book(connection: Any, job_id: UUID) -> None:
             WHERE id = %(id)s RETURNING *
         )
         INSERT INTO cost_entries (attempt_id, job_id, account_id, use_case, provider_id, provider,
-            model, kind, amount_nano_usd, baseline_nano_usd, price_version)
-        SELECT id, job_id, account_id, use_case, provider_id, provider, model, kind, amount, 0, 'x'
+            model, kind, amount_nano_usd, baseline_nano_usd, price_version, dispatched_at)
+        SELECT id, job_id, account_id, use_case, provider_id, provider, model, kind, amount, 0, 'x',
+               dispatched_at
         FROM attempt, (VALUES ('estimate', 1000), ('correction', -100)) AS entry(kind, amount)
         """,
         {"id": job_id},

@@ -30,6 +30,7 @@ from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.canceller import Canceller
 from sluicegate.workers.sweep.loops import Sweep
 from sluicegate.workers.sweep.rescuer import resolve_lost
+from tests.books import untold
 from tests.polling import eventually_async
 from tests.stand_in import StandIn
 
@@ -61,7 +62,7 @@ async def test_a_dead_workers_job_with_a_wish_ends(
     db = Database(settings, application_name="test", size=1, planner=BY_SIZE)
     async_redis = make_async_redis(settings)
     replies = Replies(settings, async_redis)
-    (message,) = await resolve_lost(db, replies)
+    (message,) = await resolve_lost(db, replies, untold)
     await replies.close()
     await async_redis.aclose()
     await db.close()

@@ -98,7 +98,9 @@ def schema(connection: Connection) -> dict[str, list[tuple[object, ...]]]:
     queries = {
         "columns": """
             SELECT table_name, column_name, data_type, udt_name, is_nullable, column_default
-            FROM information_schema.columns WHERE table_schema = current_schema()""",
+            FROM information_schema.columns JOIN information_schema.tables
+                 USING (table_schema, table_name)
+            WHERE table_schema = current_schema() AND table_type = 'BASE TABLE'""",
         "constraints": """
             SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid)
             FROM pg_constraint WHERE connamespace = current_schema()::regnamespace""",
@@ -249,7 +251,7 @@ def test_two_upgrades_at_once(empty: Settings, environment: Environment) -> None
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     # One did the work, and the other found nothing to do.
-    assert sorted(error.count("Running upgrade") for error in errors) == [0, 4]
+    assert sorted(error.count("Running upgrade") for error in errors) == [0, int(SCHEMA_REVISION)]
     assert migrations.current(empty) == SCHEMA_REVISION
 
 

@@ -34,6 +34,7 @@ from sluicegate.workers.claims import Claims, Job
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.settlement import Settlement, settle_all
 from sluicegate.workers.statements import Database
+from tests.books import untold
 from tests.polling import eventually
 from tests.stand_in import StandIn
 
@@ -99,7 +100,7 @@ class Fleet:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.db = Database(settings, application_name="test", size=4, planner=BY_KEY)
-        self._dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0)
+        self._dispatcher = Dispatcher(db=self.db, max_items=100, spacing_s=0, told=untold)
 
     async def enter(self, name: str = "w@test") -> Claims:
         worker_id = new_id()
@@ -151,7 +152,7 @@ class Fleet:
             settlement["body"] = {"state": job_state}
         if attempt_state != "void":
             settlement |= {"kind": "actual", "amount_nano_usd": COST, "baseline_nano_usd": COST}
-        (settled,) = await settle_all(self.db, [settlement])
+        (settled,) = await settle_all(self.db, [settlement], untold)
         return settled
 
 

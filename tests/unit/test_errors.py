@@ -70,6 +70,7 @@ def test_which_failures_pass_by_themselves() -> None:
     assert {kind.value for kind in ErrorClass if not kind.transient} == {
         "quota",
         "auth",
+        "budget",
         "not_found",
         "bad_request",
         "context_too_long",

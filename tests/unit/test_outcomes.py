@@ -103,6 +103,24 @@ def test_an_answer_books_what_the_provider_reported() -> None:
     orjson.dumps(settlement)
 
 
+def test_a_call_is_booked_at_the_tier_that_served_it() -> None:
+    # Twice the price, in a project whose settings say so.
+    answer = replace(ANSWER, service_tier="priority")
+    settlement = outcomes.succeeded(JOB, ATTEMPT, PROVIDER, answer, "gpt-4o")
+    assert settlement["amount_nano_usd"] == 2 * COST
+    partial = Partial(usage=ANSWER.usage, exact=True, service_tier="priority")
+    settlement = outcomes.ended_attempt(ATTEMPT, PROVIDER, _error(partial=partial), "gpt-4o")
+    assert settlement["amount_nano_usd"] == 2 * COST
+
+
+def test_what_has_lost_its_price_during_the_call_is_booked_at_its_reservation() -> None:
+    gone = replace(PROVIDER, model="gpt-0")
+    settlement = outcomes.succeeded(JOB, ATTEMPT, gone, ANSWER, "gpt-4o")
+    assert (settlement["kind"], settlement["amount_nano_usd"]) == ("estimate", 50_000)
+    assert settlement["raw_usage"] == {"prompt_tokens": 150}
+    assert settlement["body"]["usage"]["output"] == 20
+
+
 def test_an_answer_without_usage_is_booked_at_its_reservation() -> None:
     settlement = outcomes.succeeded(JOB, ATTEMPT, PROVIDER, replace(ANSWER, usage=None), "gpt-4o")
     assert (settlement["kind"], settlement["amount_nano_usd"]) == ("estimate", 50_000)

@@ -18,7 +18,7 @@ from sluicegate.shared.settings import Settings
 from sluicegate.workers.claims import Job
 from sluicegate.workers.estimates import TokenEstimates
 from sluicegate.workers.gates import Gates
-from sluicegate.workers.placement import HandOff, Held, Placement, Plan, after_failure
+from sluicegate.workers.placement import HandOff, Held, OverBudget, Placement, Plan, after_failure
 from sluicegate.workers.presence import Presence
 from tests.gate_row import provider
 
@@ -86,7 +86,7 @@ class Desk:
 
     async def find(
         self, job: Job, catalogue: Catalogue, first_token_ms: dict[UUID, float] | None = None
-    ) -> Plan | HandOff | Held:
+    ) -> Plan | HandOff | OverBudget | Held:
         async def read() -> Catalogue:
             return catalogue
 

@@ -13,20 +13,23 @@ from hypothesis import strategies as st
 
 from sluicegate.shared.errors import UnknownPrice
 from sluicegate.shared.messages import Usage
+from sluicegate.shared.price_lists import BUNDLED_VERSION, PROCESSINGS, Processing
 from sluicegate.shared.pricing import (
     MAX_NANO_USD,
     OVERRIDE_VERSION,
-    PRICE_VERSION,
     PriceCard,
     baseline_nano_usd,
     baseline_provider,
+    context_window,
     estimate_prompt_tokens,
     price_card,
+    price_version,
+    tier_card,
 )
 
 #: Every model of the two providers that answers text with text.
 MODELS: list[tuple[str, str]] = []
-#: Models that do not: they speak, listen, embed or judge.
+#: Models that do not: they speak, listen, draw, embed or judge.
 OTHERS: list[tuple[str, str]] = []
 for listed in data_snapshot.get_snapshot().providers:
     if listed.id in ("openai", "anthropic"):
@@ -37,6 +40,30 @@ for listed in data_snapshot.get_snapshot().providers:
                 OTHERS.append((listed.id, model.id))
             else:
                 MODELS.append((listed.id, model.id))
+
+#: What `genai-prices` calls a processing.
+CONTEXTS = {
+    "standard": None,
+    "batch": {"processing": "batch"},
+    "flex": {"service_tier": "flex"},
+    "priority": {"service_tier": "priority"},
+}
+
+
+def _is_priced(provider: str, model: str, processing: Processing) -> bool:
+    try:
+        return bool(price_card(provider, model, processing=processing))
+    except UnknownPrice:
+        return False
+
+
+#: The same models with every processing that they have a price for.
+PRICED = [
+    (provider, model, processing)
+    for provider, model in MODELS
+    for processing in PROCESSINGS
+    if _is_priced(provider, model, processing)
+]
 
 SEEDED = [
     ("anthropic", "claude-haiku-5-5"),
@@ -73,7 +100,9 @@ def usages(draw: st.DrawFn, provider: str) -> Usage:
     )
 
 
-def reference_nano_usd(provider: str, model: str, usage: Usage) -> Decimal:
+def reference_nano_usd(
+    provider: str, model: str, usage: Usage, processing: Processing = "standard"
+) -> Decimal:
     """The exact price by `genai-prices`, before any rounding."""
     tokens = {
         "input_tokens": usage.total_input,
@@ -83,7 +112,12 @@ def reference_nano_usd(provider: str, model: str, usage: Usage) -> Decimal:
     }
     if provider == "anthropic":
         tokens["cache_write_1h_tokens"] = usage.cache_write_1h
-    priced = genai_prices.calc_price(genai_prices.Usage(**tokens), model, provider_id=provider)
+    priced = genai_prices.calc_price(
+        genai_prices.Usage(**tokens),
+        model,
+        provider_id=provider,
+        price_context=CONTEXTS[processing],
+    )
     return priced.total_price * 10**9
 
 
@@ -91,23 +125,28 @@ def test_there_is_something_to_compare() -> None:
     assert set(SEEDED) <= set(MODELS)
     assert len(MODELS) > 80
     assert {len(price_card(*model).tiers) for model in MODELS} == {1, 2}
+    assert {(*model, "batch") for model in SEEDED} <= set(PRICED)
+    assert {processing for _, _, processing in PRICED} == set(PROCESSINGS)
 
 
 @given(data=st.data())
 def test_cost_is_that_of_the_price_list_rounded_up_once(data: st.DataObject) -> None:
-    provider, model = data.draw(st.sampled_from(SEEDED + MODELS))
+    provider, model, processing = data.draw(st.sampled_from(PRICED))
     usage = data.draw(usages(provider))
-    exact = reference_nano_usd(provider, model, usage)
-    assert price_card(provider, model).cost_nano_usd(usage) == math.ceil(exact)
+    exact = reference_nano_usd(provider, model, usage, processing)
+    card = price_card(provider, model, processing=processing)
+    assert card.cost_nano_usd(usage) == math.ceil(exact)
 
 
+@pytest.mark.parametrize("processing", ["standard", "batch"])
 @pytest.mark.parametrize(("provider", "model"), SEEDED)
-def test_tiers_begin_where_the_list_says(provider: str, model: str) -> None:
-    card = price_card(provider, model)
+def test_tiers_begin_where_the_list_says(provider: str, model: str, processing: Processing) -> None:
+    card = price_card(provider, model, processing=processing)
     edges = {start + step for start, _ in card.tiers for step in (-1, 0, 1)} - {-1}
     for prompt in sorted(edges):
         usage = Usage(input=prompt, output=7)
-        assert card.cost_nano_usd(usage) == math.ceil(reference_nano_usd(provider, model, usage))
+        exact = reference_nano_usd(provider, model, usage, processing)
+        assert card.cost_nano_usd(usage) == math.ceil(exact)
 
 
 @given(data=st.data())
@@ -127,7 +166,7 @@ def test_known_prices() -> None:
     haiku = price_card("anthropic", "claude-haiku-5-5")
     assert haiku.cost_nano_usd(Usage(input=100_000)) == 10_000_000
     assert haiku.cost_nano_usd(Usage(input=100_001)) == 50_000_500
-    assert haiku.version == PRICE_VERSION
+    assert haiku.version == price_version() == BUNDLED_VERSION
     assert price_card("openai", "gpt-4o").cost_nano_usd(Usage()) == 0
 
 
@@ -150,6 +189,69 @@ def test_a_model_that_is_not_listed_has_no_price(model: str) -> None:
 def test_a_model_that_does_not_answer_text_has_no_price(provider: str, model: str) -> None:
     with pytest.raises(UnknownPrice, match="set one on its provider row"):
         price_card(provider, model)
+
+
+@pytest.mark.parametrize(
+    ("provider", "model"), [("openai", "gpt-audio"), ("openai", "gpt-realtime-2")]
+)
+def test_a_model_that_bills_sound_apart_is_not_booked_as_text(provider: str, model: str) -> None:
+    with pytest.raises(UnknownPrice, match=r"price for text alone.*input_audio_mtok"):
+        price_card(provider, model)
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "processing"),
+    [
+        ("openai", "gpt-4o", "flex"),
+        ("anthropic", "claude-haiku-5-5", "priority"),
+        ("anthropic", "claude-3-haiku-20240307", "batch"),
+        ("openai", "no-such-model", "batch"),
+    ],
+)
+def test_a_processing_without_a_price_never_gets_the_ordinary_one(
+    provider: str, model: str, processing: Processing
+) -> None:
+    with pytest.raises(UnknownPrice, match="is not known"):
+        price_card(provider, model, processing=processing)
+
+
+def test_a_price_of_the_rows_own_says_nothing_of_batches() -> None:
+    with pytest.raises(UnknownPrice, match="a price of its own"):
+        price_card("openai", "gpt-4o", {"input": 1, "output": 1}, "batch")
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "tier", "processing"),
+    [
+        ("openai", "gpt-4o", "priority", "priority"),
+        ("openai", "gpt-6-luna", "fast", "priority"),
+        ("openai", "gpt-6-luna", "flex", "flex"),
+        ("anthropic", "claude-haiku-5-5", "batch", "batch"),
+        ("openai", "gpt-4o", None, "standard"),
+        ("openai", "gpt-4o", "default", "standard"),
+        ("openai", "gpt-4o", "scale", "standard"),
+        # The list has no price for these: they cost what calls cost.
+        ("openai", "gpt-4o", "flex", "standard"),
+        ("anthropic", "claude-haiku-5-5", "priority", "standard"),
+    ],
+)
+def test_a_call_costs_what_the_tier_costs_that_served_it(
+    provider: str, model: str, tier: str | None, processing: Processing
+) -> None:
+    card = tier_card(provider, model, None, tier)
+    assert card == price_card(provider, model, processing=processing)
+
+
+def test_a_price_of_the_rows_own_counts_for_every_tier() -> None:
+    own = {"input": 1.0, "output": 2.0}
+    assert tier_card("openai", "gpt-4o", own, "priority") == price_card("openai", "gpt-4o", own)
+    with pytest.raises(UnknownPrice):
+        tier_card("openai", "no-such-model", None, "priority")
+
+
+def test_the_context_window_is_the_lists() -> None:
+    assert context_window("openai", "gpt-4o") == 128_000
+    assert context_window("openai", "no-such-model") is None
 
 
 def test_an_override_wins_and_says_so() -> None:

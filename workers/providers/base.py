@@ -85,8 +85,9 @@ class Partial:
     raw_usage: dict[str, Any] | None = None
     #: True: `usage` is the provider's final count. False: it is a lower bound.
     exact: bool = False
-    #: The model that the provider named, if it came that far.
+    #: The model that the provider named, and how it says the call was served, if it came that far.
     model: str | None = None
+    service_tier: str | None = None
 
 
 class ProviderError(SluiceError):

@@ -270,7 +270,11 @@ class OpenAIReading(Reading):
             self._conclude_so_far()
 
     def usage(self) -> Usage | None:
-        """Return the usage; `prompt_tokens` includes what was read from and written to a cache."""
+        """Return the usage; `prompt_tokens` includes what was read from and written to a cache.
+
+        Tokens of images and sound are among them, as predictions that were not used are in
+        `completion_tokens`: they cost what text costs, or the model has no price here.
+        """
         raw = self.raw_usage or {}
         prompt, output = count(raw.get("prompt_tokens")), count(raw.get("completion_tokens"))
         if prompt is None or output is None:
@@ -279,12 +283,16 @@ class OpenAIReading(Reading):
         cache_read = min(count(details.get("cached_tokens")) or 0, prompt)
         cache_write = min(count(details.get("cache_write_tokens")) or 0, prompt - cache_read)
         outputs = mapping(raw.get("completion_tokens_details"))
+        reasoning = count(outputs.get("reasoning_tokens")) or 0
+        if count(raw.get("total_tokens")) == prompt + output + reasoning:
+            # Of some compatible servers: reasoning is billed beside the answer, not inside it.
+            output += reasoning
         return Usage(
             input=prompt - cache_read - cache_write,
             cache_read=cache_read,
             cache_write_5m=cache_write,
             output=output,
-            reasoning=min(count(outputs.get("reasoning_tokens")) or 0, output),
+            reasoning=min(reasoning, output),
         )
 
     def _take(self, choice: dict[str, Any], message: dict[str, Any]) -> None:

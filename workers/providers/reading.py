@@ -96,6 +96,7 @@ class Reading(ABC):
             raw_usage=self.raw_usage,
             exact=self.usage_is_final,
             model=self.model,
+            service_tier=self.service_tier,
         )
 
     def fresh(self) -> Fresh | None:

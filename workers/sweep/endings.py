@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.endings import terminal_payload
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.queues import parse_queue
+from sluicegate.shared.secrets import SecretUnreadable
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.statements import Database
+
+log = logging.getLogger(__name__)
 
 
 async def tell(replies: Replies, rows: Sequence[Any]) -> None:
@@ -35,10 +40,19 @@ WHERE r.job_id = ANY(%(ids)s::uuid[])
 """
 
 
-async def tell_settled(db: Database, replies: Replies, job_ids: Sequence[UUID]) -> None:
+async def tell_settled(
+    db: Database, replies: Replies, job_ids: Sequence[UUID], bodies: Bodies
+) -> None:
     """Append the terminal events of those of these jobs that have ended."""
-    if job_ids:
-        await tell(replies, await db.execute(_ENDED, ids=list(job_ids)))
+    if not job_ids:
+        return
+    ended = []
+    for row in await db.execute(_ENDED, ids=list(job_ids)):
+        try:
+            ended.append(row._replace(body=bodies.open_result(row.body)))
+        except SecretUnreadable as error:
+            log.warning("the end of job %s is not announced, it is in Postgres: %s", row.id, error)
+    await tell(replies, ended)
 
 
 def to_messages(queue: str, rows: Sequence[Any], chunk_size: int) -> list[JobMessage]:

@@ -13,6 +13,8 @@ from redis.exceptions import RedisError
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
+from sluicegate.shared.alerts import ALERT_CHANNEL
+from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.celery_app import JobMessage, make_celery, publish
 from sluicegate.shared.database import (
     BY_SIZE,
@@ -27,21 +29,28 @@ from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.queues import POOLS, STAGE_CHANNEL, queue_name
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_channels import OUTBOX_CHANNEL
+from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
 from sluicegate.shared.tables import use_cases
+from sluicegate.workers.budget_copying import BudgetCopying
 from sluicegate.workers.journal import Journal
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settled, Settlement
 from sluicegate.workers.statements import Database
+from sluicegate.workers.sweep.alerter import Alerter
 from sluicegate.workers.sweep.canceller import Canceller
 from sluicegate.workers.sweep.deliverer import Deliverer
 from sluicegate.workers.sweep.endings import tell_settled
 from sluicegate.workers.sweep.expirer import Expirer
+from sluicegate.workers.sweep.poster import SIZE, Poster, Terms
+from sluicegate.workers.sweep.purger import Purger
+from sluicegate.workers.sweep.reconciler import Reconciler
 from sluicegate.workers.sweep.recorder import Recorder
 from sluicegate.workers.sweep.republisher import Republisher
 from sluicegate.workers.sweep.rescuer import Rescuer
 from sluicegate.workers.sweep.stager import Stager
 from sluicegate.workers.sweep.waker import Waker
+from sluicegate.workers.webhook import WebhookClient
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +69,20 @@ class Sweep:
         self._redis = make_async_redis(settings)
         #: What wakes a loop before its time, by the Postgres channel on which it is said.
         self._woken = {
-            name: asyncio.Event() for name in (STAGE_CHANNEL, OUTBOX_CHANNEL, GATE_CHANNEL)
+            name: asyncio.Event()
+            for name in (STAGE_CHANNEL, OUTBOX_CHANNEL, GATE_CHANNEL, ALERT_CHANNEL)
         }
+        #: What was told is posted, and who is done may post more.
+        self._posting = asyncio.Event()
         self._replies = Replies(settings, self._redis)
+        self._bodies = Bodies.of(settings)
         self._journal = Journal(client=self._redis, prefix=settings.redis_prefix)
+        self._copying = BudgetCopying(client=self._redis, settings=settings)
         self._rescuer = Rescuer(
-            db=self._db, replies=self._replies, dead_after_s=settings.dead_after_s
+            db=self._db,
+            replies=self._replies,
+            dead_after_s=settings.dead_after_s,
+            told=self._copying.told,
         )
         self._expirer = Expirer(db=self._db, replies=self._replies)
         self._canceller = Canceller(db=self._db)
@@ -89,6 +106,25 @@ class Sweep:
         )
         self._recorder = Recorder(db=self._db, client=self._redis, prefix=settings.redis_prefix)
         self._waker = Waker(db=self._db)
+        self._alerter = Alerter(db=self._db, client=self._redis, prefix=settings.redis_prefix)
+        self._poster = Poster(
+            db=self._db,
+            client=WebhookClient(
+                deadline_s=settings.alert_deadline_s,
+                private_urls=settings.alert_private_urls,
+                size=SIZE,
+            ),
+            keyring=Keyring.of(settings),
+            terms=Terms.of(settings),
+            free=self._posting.set,
+        )
+        self._reconciler = Reconciler(db=self._db, client=self._redis, prefix=settings.redis_prefix)
+        self._purger = Purger(
+            db=self._db,
+            client=self._redis,
+            prefix=settings.redis_prefix,
+            retention_s=settings.body_retention_s,
+        )
 
     async def run(self) -> None:
         """Sweep until cancelled; raises at once if the schema is not this version's."""
@@ -107,11 +143,24 @@ class Sweep:
                 )
                 group.create_task(self._loop("record", self.record))
                 group.create_task(self._loop("wake", self.wake, wake=self._woken[GATE_CHANNEL]))
+                group.create_task(self._loop("tell", self.tell, wake=self._woken[ALERT_CHANNEL]))
+                group.create_task(self._loop("post", self.post, wake=self._posting))
+                group.create_task(
+                    self._loop(
+                        "reconcile",
+                        self.reconcile,
+                        # A budget was set or cleared.
+                        wake=self._woken[GATE_CHANNEL],
+                        every_s=self._settings.reconcile_interval_s,
+                    )
+                )
+                group.create_task(self._loop("purge", self.purge))
         finally:
             await self.close()
 
     async def close(self) -> None:
         """Close every connection."""
+        await self._poster.close()
         await self._replies.close()
         await self._redis.aclose()
         await self._engine.dispose()
@@ -154,13 +203,31 @@ class Sweep:
         if await self._waker.round(await self._queues()):
             self._woken[STAGE_CHANNEL].set()
 
+    async def purge(self) -> None:
+        """Remove requests and answers that have been kept long enough."""
+        await self._purger.round()
+
+    async def reconcile(self) -> None:
+        """Make the copies of budgets equal to the budgets."""
+        await self._reconciler.round()
+
+    async def tell(self) -> None:
+        """Tell alerts on the channels of their accounts."""
+        if await self._alerter.round():
+            self._posting.set()
+
+    async def post(self) -> None:
+        """Begin to post alerts to the URLs of their accounts."""
+        await self._poster.round()
+
     async def _book_journal(self) -> None:
         try:
-            moved = await self._journal.drain(self._db)
+            moved = await self._journal.drain(self._db, self._copying.told)
         except (RedisError, ConnectionError) as error:
             log.warning("the journal cannot be read (%s)", type(error).__name__)
             return
-        await tell_settled(self._db, self._replies, [entry["job_id"] for entry, _ in moved])
+        jobs = [entry["job_id"] for entry, _ in moved]
+        await tell_settled(self._db, self._replies, jobs, self._bodies)
         await self._publish(
             [_message(entry, settled) for entry, settled in moved if _is_queued(entry, settled)]
         )
@@ -181,7 +248,9 @@ class Sweep:
         name: str,
         round_: Callable[[], Awaitable[None]],
         wake: asyncio.Event | None = None,
+        every_s: float | None = None,
     ) -> None:
+        interval_s = every_s or self._settings.sweep_interval_s
         while True:
             try:
                 await round_()
@@ -191,11 +260,11 @@ class Sweep:
             except (SQLAlchemyError, psycopg.Error):
                 log.exception("sweep: %s met a defect; the other loops go on", name)
             if wake is None:
-                await asyncio.sleep(self._settings.sweep_interval_s)
+                await asyncio.sleep(interval_s)
                 continue
             try:
                 # `wait_for` would lose a cancellation that comes together with the wish.
-                async with asyncio.timeout(self._settings.sweep_interval_s):
+                async with asyncio.timeout(interval_s):
                     await wake.wait()
             except TimeoutError:
                 continue

@@ -55,13 +55,16 @@ WITH event AS (
     LEFT JOIN llm_providers p ON p.id = last.provider_id
     WHERE last.after = '{SUSPENDED}'
     ORDER BY last.provider_id, last.account_id
-    ON CONFLICT (kind, account_id, provider_id) WHERE resolved_at IS NULL DO NOTHING
+    ON CONFLICT (kind, account_id, provider_id)
+        WHERE resolved_at IS NULL AND "window" IS NULL DO NOTHING
     RETURNING message
+), over AS (
+    SELECT a.id FROM alerts a
+    JOIN last ON last.provider_id = a.provider_id AND last.account_id = a.account_id
+    WHERE a.kind = '{SUSPENDED}' AND a.resolved_at IS NULL AND last.after <> '{SUSPENDED}'
+    ORDER BY a.id FOR NO KEY UPDATE OF a
 ), resolved AS (
-    UPDATE alerts SET resolved_at = now() FROM last
-    WHERE alerts.kind = '{SUSPENDED}' AND alerts.resolved_at IS NULL
-      AND alerts.provider_id = last.provider_id AND alerts.account_id = last.account_id
-      AND last.after <> '{SUSPENDED}'
+    UPDATE alerts a SET resolved_at = now() FROM over WHERE a.id = over.id
 )
 SELECT message FROM raised
 """

@@ -15,6 +15,8 @@ from uuid import UUID
 
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.endings import CANCELLED_BODY, ENDED_BODY
+from sluicegate.workers import ledger
+from sluicegate.workers.ledger import Told
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.sweep.endings import single_messages, tell
@@ -56,11 +58,15 @@ WITH job AS (
 ), entry AS (
     INSERT INTO cost_entries (
         attempt_id, job_id, account_id, use_case, provider_id, provider, model, kind,
-        amount_nano_usd, baseline_nano_usd, price_version)
+        amount_nano_usd, baseline_nano_usd, price_version, dispatched_at)
     SELECT id, job_id, account_id, use_case, provider_id, provider, model, 'estimate',
-           reserved_nano_usd, baseline_reserved_nano_usd, 'reservation'
+           reserved_nano_usd, baseline_reserved_nano_usd, 'reservation', dispatched_at
     FROM unknown
-), cost AS (
+), booked AS (
+    SELECT account_id, use_case, dispatched_at, reserved_nano_usd AS released,
+           reserved_nano_usd AS spent
+    FROM unknown
+), {ledger.CHARGE.format(source="booked")}, cost AS (
     SELECT job_id, count(*)::int AS attempts, sum(reserved_nano_usd)::bigint AS amount
     FROM unknown GROUP BY job_id
 ), plan AS (
@@ -101,19 +107,25 @@ WITH job AS (
     FROM late WHERE j.id = late.job_id
 )
 SELECT moved.id, moved.queue, moved.state, moved.fence, moved.published_at, moved.created_at,
-       moved.finished_at, kept.body, (SELECT count(*) FROM unknown) AS unknown
+       moved.finished_at, kept.body, NULL::json AS budget
 FROM moved LEFT JOIN kept ON kept.job_id = moved.id
+UNION ALL
+SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {ledger.COPY} FROM after b
 """
 
 
-async def resolve_lost(db: Database, replies: Replies) -> list[JobMessage]:
+async def resolve_lost(db: Database, replies: Replies, told: Told) -> list[JobMessage]:
     """Resolve jobs and attempts that name a worker without a row; return what to publish.
 
-    Safe to run twice at once, by the sweep and by workers that stop.
+    `told` hears of the budgets that were charged. Safe to run twice at once, by the sweep and by
+    workers that stop.
     """
     messages: list[JobMessage] = []
     while True:
-        rows = await db.execute(_RESOLVE)
+        found = await db.execute(_RESOLVE)
+        if copies := [row.budget for row in found if row.budget is not None]:
+            told(copies)
+        rows = [row for row in found if row.budget is None]
         await tell(replies, [row for row in rows if row.state != "queued"])
         messages += single_messages([row for row in rows if row.state == "queued"])
         if rows:
@@ -131,8 +143,9 @@ class _Watch:
 class Rescuer:
     """Watches the beats. One loop a sweep process; several sweeps may watch at once."""
 
-    def __init__(self, *, db: Database, replies: Replies, dead_after_s: float) -> None:
+    def __init__(self, *, db: Database, replies: Replies, dead_after_s: float, told: Told) -> None:
         self._db = db
+        self._told = told
         self._replies = replies
         self._dead_after_s = dead_after_s
         self._watched: dict[UUID, _Watch] = {}
@@ -149,7 +162,7 @@ class Rescuer:
             raise
         # Every round, not only after a funeral: a worker may end between deleting its own row
         # and resolving what bears its name.
-        return await resolve_lost(self._db, self._replies)
+        return await resolve_lost(self._db, self._replies, self._told)
 
     async def _bury_dead(self) -> None:
         rows = await self._db.execute(_READ)

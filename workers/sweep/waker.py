@@ -1,7 +1,8 @@
 """The waker: brings back jobs that were held back as soon as what held them back has passed.
 
 It goes by the trail of changes, where the recorder and the commands write what has opened: a
-breaker that closed, a suspension that ended, a lever or a pause that was taken away. Such jobs
+breaker that closed, a suspension that ended, a lever or a pause that was taken away, a budget that
+was set or cleared. Such jobs
 would come back by themselves later: this makes it soon.
 
 A worker may park a job a moment after it should have: it went by what it knew. So each opening
@@ -17,7 +18,7 @@ from uuid import UUID
 
 from sluicegate.shared.admission.gate import Reason
 from sluicegate.shared.gate_changes import SUSPENDED
-from sluicegate.workers.held_back import PAUSED, WORDS, by
+from sluicegate.workers.held_back import BUDGET, PAUSED, WORDS, by
 from sluicegate.workers.statements import Database
 
 _BATCH: Final = 1000
@@ -134,6 +135,8 @@ def _scope(opening: Any) -> tuple[str, UUID | None, str | None]:
             return by(opening.provider, PAUSED), None, None
         case "pause":
             return "is paused", account_id, opening.use_case
+        case "budget":
+            return BUDGET, account_id, opening.use_case
         case _:
             # A lever: after a reset nothing of what the row had said is left.
             return by(opening.provider, ""), None, None
