@@ -126,7 +126,10 @@ def looks_full(draft: Draft, copies: Iterable[bytes], catalogue: Catalogue) -> i
     least = 0 if any(map(_is_free, catalogue.providers)) else 1
     now_us = time.time_ns() // 1000
     for packed in copies:
-        copy: dict[str, Any] = orjson.loads(packed)
+        try:
+            copy: dict[str, Any] = orjson.loads(packed)
+        except orjson.JSONDecodeError:
+            return least  # Postgres is asked
         if copy["use_case"] not in (None, draft.use_case):
             continue
         for window in budgets.WINDOW_NAMES:

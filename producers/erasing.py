@@ -76,10 +76,14 @@ WHERE id IN (
 #: What is the account's own, in one transaction: as long as it has its name it can be found by it.
 _FAREWELL: Final = (
     """
-UPDATE alerts
+WITH alert AS (
+    SELECT id FROM alerts WHERE account_id = %(account_id)s OR provider_id = ANY(%(own)s)
+    ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE alerts a
 SET message = 'erased', post_error = NULL, post_due_at = NULL,
     told_at = coalesce(told_at, now()), resolved_at = coalesce(resolved_at, now())
-WHERE account_id = %(account_id)s OR provider_id = ANY(%(own)s)
+FROM alert WHERE a.id = alert.id
 """,
     """
 UPDATE gate_changes SET reason = ''

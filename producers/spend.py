@@ -250,10 +250,10 @@ def _owner(connection: Connection, account: str) -> Account:
 
 
 # Statements. All that a report needs is asked in one transaction, of one and the same state. A scan
-# of a million entries is worth more processes and some memory, and not worth compiling.
+# of a million entries is worth a second process and some memory, and not worth compiling.
 _PREPARE: Final = f"""
 SELECT set_config('max_parallel_workers_per_gather',
-                  greatest(current_setting('max_parallel_workers_per_gather')::int, 2)::text, true),
+                  greatest(current_setting('max_parallel_workers_per_gather')::int, 1)::text, true),
        set_config('work_mem',
                   greatest(pg_size_bytes(current_setting('work_mem')) / 1024, 65536)::text, true),
        set_config('random_page_cost',
@@ -285,10 +285,11 @@ _WHERE: Final = "dispatched_at >= %(start)s AND dispatched_at < %(end)s"
 _DAY: Final = "width_bucket(dispatched_at, %(starts)s::timestamptz[])"
 _KEYS: Final = {By.ACCOUNT: "account_id", By.DAY: _DAY}
 
-_FIGURES: Final = ", ".join(f"sum({name})::bigint AS {name}" for name in _SUMMED)
-_SUMS: Final = f"""
-SELECT {{key}} AS key, {{day}} AS day, {_FIGURES}
-FROM spend WHERE {{where}} GROUP BY 1, 2
+# Nearly all rows are of these: what they have nothing of is not worth adding up a million times.
+_ENTRIES: Final = ("failures = 0 AND estimates = 0", ("requests", *_SUMMED[2:4], *_SUMMED[6:]))
+_OTHERS: Final = ("failures + estimates > 0", (*_SUMMED[:2], *_SUMMED[4:6]))
+_SUMS: Final = """
+SELECT {key} AS key, {day} AS day, {figures} FROM spend WHERE {where} AND {which} GROUP BY 1, 2
 """
 # The entries are gone through once, for both latencies together; an answer has no first token
 # without a duration.
@@ -339,12 +340,7 @@ class _Scope:
     def rows(self, by: By) -> list[Spend]:
         """Return the rows of a report and, last, their total."""
         key = _KEYS.get(by, by.value)
-        sums: defaultdict[Any, Counter[str]] = defaultdict(Counter)
-        for row in self._ask(_SUMS, key=key, day=_DAY if self._by_day else "NULL::int"):
-            for name in _SUMMED:
-                sums[row.key][name] += getattr(row, name)
-            if row.day is not None:
-                self.costs[self._period.day(row.day - 1)] += row.cost_nano_usd
+        sums = self._sums(key)
         counts = self._counts(key)
         names = self._names(by, sums)
         rows = [
@@ -368,6 +364,19 @@ class _Scope:
             )
             for row in self._ask(_DAILY)
         ]
+
+    def _sums(self, key: str) -> dict[Any, Counter[str]]:
+        """Add up what has no order, and what each day cost if that is wanted."""
+        sums: defaultdict[Any, Counter[str]] = defaultdict(Counter)
+        day = _DAY if self._by_day else "NULL::int"
+        for which, names in (_ENTRIES, _OTHERS):
+            figures = ", ".join(f"sum({name})::bigint AS {name}" for name in names)
+            for row in self._ask(_SUMS, key=key, day=day, figures=figures, which=which):
+                for name in names:
+                    sums[row.key][name] += getattr(row, name)
+                if row.day is not None and "cost_nano_usd" in names:
+                    self.costs[self._period.day(row.day - 1)] += row.cost_nano_usd
+        return sums
 
     def _counts(self, key: str) -> defaultdict[Any, tuple[Counter[int], Counter[int]]]:
         """Count durations and first tokens by bucket."""

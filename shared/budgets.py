@@ -39,21 +39,25 @@ _CANCELED: Final = "57014"
 _RECENT_ENTRIES: Final = 5000
 
 #: Both windows of each row of `budget` as they are now: one that is over has begun anew, with
-#: nothing in it.
-WINDOWS: Final = """windows AS (
+#: nothing in it. All budgets of an account go by one moment: a statement that began before midnight
+#: and finds one of them turned by another statement is in the new window with all of them.
+WINDOWS: Final = """moment AS MATERIALIZED (
+    SELECT account_id, greatest(now(), max(day_started_at), max(month_started_at)) AS at
+    FROM budget GROUP BY account_id
+), windows AS (
     SELECT b.id, b.account_id, b.use_case, b.time_zone, w.name, w.cap,
-           CASE WHEN w.is_over THEN date_trunc(w.name, now(), b.time_zone)
+           CASE WHEN w.is_over THEN date_trunc(w.name, moment.at, b.time_zone)
                 ELSE w.started_at END AS started_at,
            CASE WHEN w.is_over
-                THEN (date_trunc(w.name, now() AT TIME ZONE b.time_zone) + w.length)
+                THEN (date_trunc(w.name, moment.at AT TIME ZONE b.time_zone) + w.length)
                      AT TIME ZONE b.time_zone
                 ELSE w.resets_at END AS resets_at,
            CASE WHEN w.is_over THEN 0 ELSE w.spent END AS spent,
            CASE WHEN w.is_over THEN 0 ELSE w.held END AS held
-    FROM budget b CROSS JOIN LATERAL (VALUES
-        ('day', interval '1 day', b.day_limit_nano_usd, now() >= b.day_resets_at,
+    FROM budget b JOIN moment USING (account_id) CROSS JOIN LATERAL (VALUES
+        ('day', interval '1 day', b.day_limit_nano_usd, moment.at >= b.day_resets_at,
          b.day_started_at, b.day_resets_at, b.day_spent_nano_usd, b.day_held_nano_usd),
-        ('month', interval '1 month', b.month_limit_nano_usd, now() >= b.month_resets_at,
+        ('month', interval '1 month', b.month_limit_nano_usd, moment.at >= b.month_resets_at,
          b.month_started_at, b.month_resets_at, b.month_spent_nano_usd, b.month_held_nano_usd)
     ) AS w(name, length, cap, is_over, started_at, resets_at, spent, held)
 )"""
@@ -86,7 +90,8 @@ REACHED: Final = f"""
 # What a budget that begins now has spent and holds, by window.
 _COUNTED = text("""
 SELECT w.name, w.started_at,
-       (date_trunc(w.name, now() AT TIME ZONE :time_zone) + w.length) AT TIME ZONE :time_zone
+       (date_trunc(w.name, CAST(:at AS timestamptz) AT TIME ZONE :time_zone) + w.length)
+           AT TIME ZONE :time_zone
            AS resets_at,
        (SELECT coalesce(sum(e.amount_nano_usd), 0)::bigint FROM cost_entries e
         WHERE e.account_id = :account_id AND e.dispatched_at >= w.started_at
@@ -95,7 +100,7 @@ SELECT w.name, w.started_at,
         WHERE a.account_id = :account_id AND a.state = 'dispatching'
           AND a.dispatched_at >= w.started_at
           AND (CAST(:use_case AS text) IS NULL OR a.use_case = :use_case)) AS held
-FROM (SELECT name, length, date_trunc(name, now(), :time_zone) AS started_at
+FROM (SELECT name, length, date_trunc(name, CAST(:at AS timestamptz), :time_zone) AS started_at
       FROM (VALUES ('day', interval '1 day'), ('month', interval '1 month')) v(name, length)) w
 """)
 
@@ -279,7 +284,7 @@ def set_budget(
     found = connection.execute(_FIND, key).one_or_none()
     if found is None:
         # What is under way must not fall between what is counted now and what is charged later.
-        _lock_ledger(connection)
+        at = _lock_ledger(connection)
         found = connection.execute(_FIND, key).one_or_none()
     before = {} if found is None else _limits_of(found)
     after = {name: limits.get(name, before.get(name)) for name in WINDOW_NAMES}
@@ -292,7 +297,7 @@ def set_budget(
         time_zone = connection.scalar(_ZONE, key) or account.time_zone
         values |= key | {"id": new_id(), "time_zone": time_zone}
         values["thresholds"] = list(DEFAULT_THRESHOLDS if checked is None else checked)
-        connection.execute(_INSERT, values | _counted(connection, values))
+        connection.execute(_INSERT, values | _counted(connection, values | {"at": at}))
     else:
         values |= {"id": found.id}
         values["thresholds"] = list(found.thresholds if checked is None else checked)
@@ -304,7 +309,10 @@ def set_budget(
 
 
 def clear_budget(connection: Connection, account: Account, *, use_case: str | None = None) -> None:
-    """Take a budget away; raise `NotFound` if there is none."""
+    """Take a budget away; raise `NotFound` if there is none.
+
+    Not in one transaction with `set_budget`, which locks in another order.
+    """
     key = {"account_id": account.id, "use_case": use_case}
     found = connection.execute(_FIND, key).one_or_none()
     if found is None:
@@ -316,9 +324,11 @@ def clear_budget(connection: Connection, account: Account, *, use_case: str | No
 
 def recount_budgets(connection: Connection, account_id: UUID, time_zone: str) -> None:
     """Have an account's budgets go by the days and months of another time zone."""
-    _lock_ledger(connection)
+    at = _lock_ledger(connection)
     budgets = connection.execute(
-        text("SELECT id, use_case FROM budgets WHERE account_id = :account_id ORDER BY id"),
+        text(
+            "SELECT id, use_case, time_zone FROM budgets WHERE account_id = :account_id ORDER BY id"
+        ),
         {"account_id": account_id},
     ).all()
     for budget in budgets:
@@ -327,8 +337,14 @@ def recount_budgets(connection: Connection, account_id: UUID, time_zone: str) ->
             "account_id": account_id,
             "use_case": budget.use_case,
             "time_zone": time_zone,
+            "at": at,
         }
         connection.execute(_RECOUNT, values | _counted(connection, values))
+        connection.execute(_RAISE, {"id": budget.id})
+    if budgets:
+        # Whoever waits for the old windows to reset looks again.
+        about = {"account_id": account_id}
+        record_change(connection, "budget", about, budgets[0].time_zone, time_zone)
 
 
 def list_budgets(connection: Connection, account_id: UUID | None = None) -> list[Budget]:
@@ -354,7 +370,8 @@ def typical_costs(connection: Connection, account_id: UUID) -> dict[str, int]:
     return {row.use_case: row.cost for row in rows if row.cost > 0}
 
 
-def _lock_ledger(connection: Connection) -> None:
+def _lock_ledger(connection: Connection) -> datetime:
+    """Keep out whoever writes the ledger until the transaction ends; return the time after that."""
     # Whoever dispatches, settles or resolves writes attempts, and decides by what it sees after it
     # has this table's lock.
     connection.execute(text("SET LOCAL lock_timeout = '2s'"))
@@ -364,10 +381,14 @@ def _lock_ledger(connection: Connection) -> None:
         if sqlstate(error) != _LOCK_NOT_AVAILABLE:
             raise
         raise QueueUnavailable("the ledger is busy, so nothing was changed; try again") from error
+    connection.execute(text("SET LOCAL lock_timeout = 0"))
+    # Not now(): the transaction may have begun before midnight, and others since have dispatched.
+    at: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+    return at
 
 
 def _counted(connection: Connection, values: Mapping[str, Any]) -> dict[str, Any]:
-    whose = {name: values[name] for name in ("account_id", "use_case", "time_zone")}
+    whose = {name: values[name] for name in ("account_id", "use_case", "time_zone", "at")}
     try:
         rows = connection.execute(_COUNTED, whose).all()
     except OperationalError as error:

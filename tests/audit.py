@@ -155,6 +155,18 @@ class Audit:
         with self._engine.connect() as line:
             return list(line.exec_driver_sql(statement, values).all())
 
+    @contextmanager
+    def locking(self, account_id: UUID) -> Iterator[None]:
+        """Hold the account's budgets, so that whoever reserves or settles has to wait."""
+        with self._engine.connect() as line:
+            line.execution_options(isolation_level="READ COMMITTED")
+            with line.begin():
+                line.exec_driver_sql(
+                    "SELECT FROM budgets WHERE account_id = %(id)s ORDER BY id FOR UPDATE",
+                    {"id": account_id},
+                )
+                yield
+
     # Against itself
 
     def windows(self, account_id: UUID | None = None) -> list[Row[Any]]:

@@ -78,7 +78,7 @@ class Books:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self.copying.finish()
+        await self.copying.finish(10)
         await self.replies.close()
         await self.db.close()
         await self.redis.aclose()

@@ -22,8 +22,9 @@ class FaultProxy:
         self._target = host, port
         self._port = 0
         self._lock = threading.Lock()
-        #: How many more statements with this text are to go unanswered.
-        self._left: dict[bytes, int] = {}
+        #: How many more statements with this text are to go unanswered, and whether they are cut
+        #: off at once.
+        self._left: dict[bytes, tuple[int, bool]] = {}
         self._lost = 0
         self._listening = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -50,14 +51,15 @@ class FaultProxy:
         with self._lock:
             return self._lost
 
-    def lose_replies(self, needle: bytes, times: int) -> None:
+    def lose_replies(self, needle: bytes, times: int, *, at_once: bool = False) -> None:
         """Let the next `times` statements with this text through, and cut their connections.
 
-        The cut comes when the server has answered, so what was asked is committed.
+        The cut comes when the server has answered, so what was asked is committed; or at once, so
+        that whoever asks again may come before it is.
         """
         assert len(needle) <= _LONGEST_NEEDLE
         with self._lock:
-            self._left[needle] = times
+            self._left[needle] = times, at_once
 
     def _run(self) -> None:
         loop = self._loop
@@ -84,7 +86,7 @@ class FaultProxy:
             writers.append(upstream)
             doomed = asyncio.Event()
             both = [
-                asyncio.ensure_future(self._ask(reader, upstream, doomed)),
+                asyncio.ensure_future(self._ask(reader, upstream, doomed, writer)),
                 asyncio.ensure_future(self._answer(answers, writer, doomed)),
             ]
             try:
@@ -101,17 +103,25 @@ class FaultProxy:
             self._lines.discard(line)
 
     async def _ask(
-        self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter, doomed: asyncio.Event
+        self,
+        reader: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+        doomed: asyncio.Event,
+        writer: asyncio.StreamWriter,
     ) -> None:
         tail = b""
         while data := await reader.read(_CHUNK):
             # A text may stand across two pieces.
             tail += data
-            if not doomed.is_set() and self._takes(tail):
+            taken = None if doomed.is_set() else self._take(tail)
+            if taken is not None:
                 doomed.set()
             tail = tail[-_LONGEST_NEEDLE:]
             upstream.write(data)
             await upstream.drain()
+            if taken:
+                writer.transport.abort()
+                await asyncio.Event().wait()  # until the server has answered
 
     async def _answer(
         self, answers: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event
@@ -128,10 +138,11 @@ class FaultProxy:
                     self._lost += 1
                 return
 
-    def _takes(self, data: bytes) -> bool:
+    def _take(self, data: bytes) -> bool | None:
+        """Return whether this one is cut off at once; None: it is answered."""
         with self._lock:
-            for needle, left in self._left.items():
+            for needle, (left, at_once) in self._left.items():
                 if left and needle in data:
-                    self._left[needle] = left - 1
-                    return True
-        return False
+                    self._left[needle] = left - 1, at_once
+                    return at_once
+        return None

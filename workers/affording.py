@@ -15,8 +15,10 @@ PATIENCE_S: Final = 2.0
 _REST_S: Final = (0.05, 0.3)
 #: How long it is parked otherwise: until some of them must have ended.
 _PARK_S: Final = (2.0, 5.0)
-#: How many rest in a process at most: they stand in the way of other accounts' jobs.
-RESTING_MAX: Final = 64
+#: How many stay in a process at most, and which part of its slots: they stand in the way of other
+#: accounts' jobs.
+_PATIENT_MAX: Final = 64
+_PATIENT_SHARE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class Rest:
     """The job waits in its worker."""
 
     rest_s: float
+
+
+def patient_max(slots: int) -> int:
+    """Return how many jobs may stay in a worker of so many slots."""
+    return min(_PATIENT_MAX, slots // _PATIENT_SHARE)
 
 
 def afford(full: Full, lane: Lane, *, patience_s: float) -> Refuse | Park | Rest:

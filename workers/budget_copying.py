@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -10,40 +11,48 @@ from redis.exceptions import RedisError
 
 from sluicegate.shared.admission.budget_copies import BudgetCopies
 from sluicegate.shared.settings import Settings
-from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.ledger import Copy
 
 log = logging.getLogger(__name__)
 
 
 class BudgetCopying:
-    """Keeps the copies of one process; on its loop. What Redis misses is repaired by the sweep."""
+    """Keeps the copies of one process; on its loop. What Redis misses is repaired by the sweep.
+
+    However long Redis takes, no more waits than the newest copy of each budget.
+    """
 
     def __init__(self, *, client: redis.asyncio.Redis, settings: Settings) -> None:
         self._copies = BudgetCopies(client, settings.redis_prefix)
-        self._put = Coalescer[Copy, None](
-            statement=self._put_many,
-            max_items=settings.coalesce_max,
-            spacing_s=settings.spacing_s,
-        )
+        self._spacing_s = settings.spacing_s
+        self._waiting: dict[str, Copy] = {}
+        self._sending: asyncio.Task[None] | None = None
 
     def told(self, copies: Sequence[Copy]) -> None:
         """Hear of budgets that have changed; nobody waits for it."""
         for copy in copies:
-            self._put.post(copy)
-
-    async def finish(self) -> None:
-        """Wait until all that was told is there."""
-        await self._put.finish()
-
-    async def _put_many(self, copies: Sequence[Copy]) -> list[None]:
-        newest: dict[str, Copy] = {}
-        for copy in copies:
-            known = newest.get(copy["id"])
+            known = self._waiting.get(copy["id"])
             if known is None or known["version"] < copy["version"]:
-                newest[copy["id"]] = copy
+                self._waiting[copy["id"]] = copy
+        if self._waiting and self._sending is None:
+            self._sending = asyncio.get_running_loop().create_task(self._send())
+
+    async def finish(self, timeout_s: float) -> None:
+        """Wait until all that was told is there, or Redis has not taken it; then stop."""
+        if self._sending is not None:
+            _, late = await asyncio.wait((self._sending,), timeout=timeout_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _send(self) -> None:
         try:
-            await self._copies.put(list(newest.values()))
-        except (RedisError, OSError) as error:
-            log.info("budgets were not copied (%s); the sweep will", type(error).__name__)
-        return [None] * len(copies)
+            while self._waiting:
+                copies, self._waiting = list(self._waiting.values()), {}
+                try:
+                    await self._copies.put(copies)
+                except (RedisError, OSError) as error:
+                    log.info("budgets were not copied (%s); the sweep will", type(error).__name__)
+                await asyncio.sleep(self._spacing_s)
+        finally:
+            self._sending = None

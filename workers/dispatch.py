@@ -36,7 +36,7 @@ WITH me AS (
                           dispatched_at)
     SELECT attempt_id, job_id, fence, number, worker_id, account_id, use_case, provider_id,
            provider, model, 'dispatching', reserved_nano_usd, baseline_reserved_nano_usd,
-           greatest(now(), (SELECT max(started_at) FROM applies WHERE applies.n = held.n))
+           coalesce((SELECT at FROM moment WHERE moment.account_id = held.account_id), now())
     FROM held WHERE held.n <> ALL(ARRAY(SELECT n FROM full_))
     ON CONFLICT (id) DO NOTHING
     RETURNING id, account_id, use_case, reserved_nano_usd
@@ -129,14 +129,22 @@ class Dispatcher:
             for n, attempt in enumerate(attempts)
         ]
         worker_ids = list({attempt.worker_id for attempt in attempts})
-        rows = await through_disconnects(
-            lambda: self._db.execute(_DISPATCH, items, worker_ids=worker_ids),
-            give_up_after_s=None,
-        )
+        tries = 0
+
+        async def dispatch() -> list[Any]:
+            nonlocal tries
+            tries += 1
+            return await self._db.execute(_DISPATCH, items, worker_ids=worker_ids)
+
+        rows = await through_disconnects(dispatch, give_up_after_s=None)
+        if tries > 1 and len(_opened(rows)) < len(attempts):
+            # The first try may have gone on by itself, and have ended after this one began to
+            # look: what it has opened is seen by a statement that begins now.
+            rows = await through_disconnects(dispatch, give_up_after_s=None)
         failpoint("opened")
         self._tell(rows)
         # A repeat may find its own reservation in the way: what is open is open.
-        opened = {row.attempt_id for row in rows if row.problem is None}
+        opened = _opened(rows)
         full = {row.attempt_id: Full.read(row.problem) for row in rows if row.problem is not None}
         return [
             attempt.attempt_id in opened or full.get(attempt.attempt_id, False)
@@ -160,3 +168,7 @@ class Dispatcher:
     def _tell(self, rows: Sequence[Any]) -> None:
         if copies := [row.budget for row in rows if row.budget is not None]:
             self._told(copies)
+
+
+def _opened(rows: Sequence[Any]) -> set[UUID]:
+    return {row.attempt_id for row in rows if row.problem is None and row.budget is None}

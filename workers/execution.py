@@ -11,6 +11,7 @@ from uuid import UUID
 
 import psycopg
 import redis.asyncio
+from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
@@ -75,6 +76,8 @@ class Holding:
     error_class: ErrorClass | None = None
     #: Until when it waits here for calls under way to free its budget; None: it did not have to.
     patient_until_s: float | None = None
+    #: It is one of the few that do.
+    is_patient: bool = False
     #: Before it is placed again.
     rest_s: float = 0.0
 
@@ -111,8 +114,8 @@ class Execution:
         self._parts = parts
         #: Jobs in hand that are to be cancelled and have no call under way.
         self._unwanted: set[UUID] = set()
-        #: Jobs that wait here for room in a budget.
-        self._resting = 0
+        #: Jobs in hand that have waited here for room in a budget.
+        self._patient = 0
         #: Set when the worker stops: a cancellation then means that the time is up.
         self.stopping = False
 
@@ -189,6 +192,12 @@ class Execution:
     async def _carry(self, job: Job) -> Again | None:
         """Take the job from candidate to candidate until one answers, or it has to wait."""
         holding = Holding(self._parts.replies.channel(job.id, job.fence))
+        try:
+            return await self._carry_on(job, holding)
+        finally:
+            self._patient -= holding.is_patient
+
+    async def _carry_on(self, job: Job, holding: Holding) -> Again | None:
         while True:
             try:
                 place = await self._place(job, holding)
@@ -210,7 +219,9 @@ class Execution:
     ) -> Plan | Job | Settlement:
         """Find who takes the job now; or what ends this holding of it; or a reason to look anew."""
         parts = self._parts
-        await self._rest(holding)
+        if holding.rest_s:
+            await asyncio.sleep(holding.rest_s)
+            holding.rest_s = 0.0
         await parts.heartbeat.wait_valid()
         if job.deadline_s <= asyncio.get_running_loop().time():
             return outcomes.failed(job, State.EXPIRED, _TOO_LATE, why=holding.reasons)
@@ -244,22 +255,16 @@ class Execution:
             case plan:
                 return plan
 
-    async def _rest(self, holding: Holding) -> None:
-        if not holding.rest_s:
-            return
-        self._resting += 1
-        try:
-            await asyncio.sleep(holding.rest_s)
-        finally:
-            self._resting -= 1
-            holding.rest_s = 0.0
-
     def _over_budget(self, job: Job, full: Full, holding: Holding) -> Job | Settlement:
         """Wait for room in a budget, here or in Postgres, or end the job if there will be none."""
         now_s = asyncio.get_running_loop().time()
         if holding.patient_until_s is None:
-            crowded = self._resting >= affording.RESTING_MAX
-            holding.patient_until_s = now_s + (0.0 if crowded else affording.PATIENCE_S)
+            holding.patient_until_s = now_s
+            most = affording.patient_max(self._parts.slots.limit)
+            if job.lane is Lane.INTERACTIVE and self._patient < most:
+                self._patient += 1
+                holding.is_patient = True
+                holding.patient_until_s += affording.PATIENCE_S
         match affording.afford(full, job.lane, patience_s=holding.patient_until_s - now_s):
             case affording.Refuse():
                 refusal = outcomes.refusal(str(full), ErrorClass.BUDGET)
@@ -290,7 +295,7 @@ class Execution:
         )
         returned = reports.returned(job, plan)
         with parts.gates.giving_back(returned):
-            opened = await parts.dispatcher.open(attempt)
+            opened = await self._open(job, attempt)
         if opened is not True:
             parts.gates.report(returned)
             # Without an attempt it is another's by now.
@@ -311,6 +316,22 @@ class Execution:
             log.exception("job %s met a defect during its call", job.id)
             await self._end_cut_off(job, State.FAILED, attempt, _DEFECT)
             return None
+
+    async def _open(self, job: Job, attempt: Attempt) -> Full | bool:
+        """Dispatch. Who is to stop meanwhile waits to hear whether there is an attempt now.
+
+        Nobody else would end it, and free what it holds, as long as this worker lives.
+        """
+        opening = asyncio.ensure_future(self._parts.dispatcher.open(attempt))
+        try:
+            return await asyncio.shield(opening)
+        except (asyncio.CancelledError, SoftTimeLimitExceeded):
+            if self.stopping:
+                opening.cancel()
+            else:
+                ended = outcomes.void_attempt(attempt) if await opening is True else None
+                await self._end(job, outcomes.failed(job, State.CANCELLED, _CANCELLED, ended=ended))
+            raise
 
     async def _call(
         self, job: Job, plan: Plan, attempt: Attempt, holding: Holding

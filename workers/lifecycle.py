@@ -299,7 +299,7 @@ class Worker:
                 "Postgres is away (%s): the sweep will resolve what is left here",
                 type(error).__name__,
             )
-        await self._copying.finish()
+        await self._copying.finish(_FINISH_S)
         await self._gates.stop()
         await self._replies.close()
         await self._adapters.close()

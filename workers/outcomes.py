@@ -68,6 +68,11 @@ def cut_off_attempt(attempt: Attempt, state: State) -> Settlement:
     return _ended(attempt, AttemptState(state.value)) | estimate(attempt)
 
 
+def void_attempt(attempt: Attempt) -> Settlement:
+    """End an attempt whose call certainly never left: its own part of a settlement."""
+    return _ended(attempt, AttemptState.VOID)
+
+
 def failed(
     job: Job,
     state: State,
@@ -128,7 +133,7 @@ def parked(job: Job, after_s: float, why: str) -> Settlement:
 
 def released(job: Job, attempt: Attempt | None = None) -> Settlement:
     """Give the job back: its call certainly never left. One that is unwanted ends with that."""
-    ended = {} if attempt is None else _ended(attempt, AttemptState.VOID)
+    ended = {} if attempt is None else void_attempt(attempt)
     return _move(job, State.QUEUED) | ended
 
 

@@ -68,7 +68,7 @@ WITH wanted AS (
         attempt_id, job_id, account_id, use_case, provider_id, provider, model, kind,
         amount_nano_usd, baseline_nano_usd, input_tokens, cache_read_tokens,
         cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens,
-        raw_usage, price_version, dispatched_at)
+        raw_usage, price_version, dispatched_at, first_token_ms, duration_ms)
     SELECT ended.id, w.job_id, ended.account_id, ended.use_case, ended.provider_id,
            ended.provider, ended.model,
            CASE ended.was WHEN 'unknown' THEN 'correction' ELSE w.kind END,
@@ -77,7 +77,8 @@ WITH wanted AS (
            coalesce(w.input_tokens, 0), coalesce(w.cache_read_tokens, 0),
            coalesce(w.cache_write_5m_tokens, 0), coalesce(w.cache_write_1h_tokens, 0),
            coalesce(w.output_tokens, 0), coalesce(w.reasoning_tokens, 0),
-           w.raw_usage, coalesce(w.price_version, 'none'), ended.dispatched_at
+           w.raw_usage, coalesce(w.price_version, 'none'), ended.dispatched_at,
+           w.first_token_ms, w.duration_ms
     FROM ended JOIN wanted w USING (n)
     WHERE w.kind IS NOT NULL OR ended.was = 'unknown'
     RETURNING attempt_id, amount_nano_usd

@@ -25,8 +25,10 @@ end
 -- The account's budgets, as they were lately. Nothing else is worth asking while one is full.
 local spent_until, is_held = 0, false
 for _, packed in ipairs(CALL.budgets and redis.call('HVALS', CALL.budgets) or {}) do
-    local budget = cjson.decode(packed)
-    if budget.use_case == cjson.null or budget.use_case == CALL.use_case then
+    local is_read, budget = pcall(cjson.decode, packed)
+    -- One that cannot be read is as good as none: Postgres decides.
+    is_read = is_read and type(budget) == 'table' and budget.version
+    if is_read and (budget.use_case == cjson.null or budget.use_case == CALL.use_case) then
         for _, window in ipairs({ 'day', 'month' }) do
             local limit, resets_at = budget[window .. '_limit'], budget[window .. '_resets_us']
             if limit ~= cjson.null and now < resets_at then

@@ -19,8 +19,13 @@ from redis.exceptions import NoScriptError
 from sluicegate.shared.admission.keys import COPY, budgets_key
 
 
+def copied_key(prefix: str) -> str:
+    """Return the set of accounts that there are copies of."""
+    return f"{prefix}budget:1-copied"
+
+
 def drift_key(prefix: str) -> str:
-    """Return where the reconciler leaves what it found last."""
+    """Return the hash in which the reconciler counts what it has found."""
     return f"{prefix}budget:1-drift"
 
 
@@ -31,46 +36,64 @@ class BudgetCopies:
         self._client = client
         self._prefix = prefix
 
-    async def put(self, copies: Sequence[Mapping[str, Any]]) -> int:
-        """Keep those that are later than what is there; return how many were."""
+    async def put(self, copies: Sequence[Mapping[str, Any]]) -> None:
+        """Keep those that are later than what is there."""
         try:
-            return await self._put(copies)
+            await self._put(copies)
         except NoScriptError:
             await self._client.script_load(COPY.source)
-            return await self._put(copies)
+            await self._put(copies)
 
-    async def remove(self, account_id: UUID | str, budget_ids: Sequence[str]) -> None:
+    async def remove(self, copies: Sequence[Mapping[str, Any]]) -> None:
         """Forget copies."""
-        await self._client.hdel(budgets_key(self._prefix, account_id), *budget_ids)
+        pipeline = self._client.pipeline(transaction=False)
+        for copy in copies:
+            pipeline.hdel(budgets_key(self._prefix, copy["account_id"]), copy["id"])
+        await pipeline.execute()
 
     async def read(self, account_ids: Sequence[UUID | str]) -> dict[str, dict[str, Any]]:
-        """Return the copies of these accounts by the budget's id."""
+        """Return the copies of these accounts by the budget's id.
+
+        One that cannot be read has no version.
+        """
         pipeline = self._client.pipeline(transaction=False)
         for account_id in account_ids:
             pipeline.hgetall(budgets_key(self._prefix, account_id))
         found: dict[str, dict[str, Any]] = {}
-        for fields in await pipeline.execute():
+        for account_id, fields in zip(account_ids, await pipeline.execute(), strict=True):
             for budget_id, packed in fields.items():
-                found[budget_id.decode()] = orjson.loads(packed)
+                copy = _read(packed) | {"id": budget_id.decode(), "account_id": str(account_id)}
+                found[copy["id"]] = copy
         return found
 
     async def account_ids(self) -> list[str]:
         """Return the accounts that there are copies of."""
-        start = budgets_key(self._prefix, "")
-        return [
-            key.decode().removeprefix(start)
-            async for key in self._client.scan_iter(match=start + "*", count=1000)
-        ]
+        members: Any = await self._client.smembers(copied_key(self._prefix))
+        return sorted(member.decode() for member in members)
 
-    async def _put(self, copies: Sequence[Mapping[str, Any]]) -> int:
+    async def forget_accounts(self, account_ids: Sequence[str]) -> None:
+        """Look for no copies of these accounts any more, until there is one again."""
+        await self._client.srem(copied_key(self._prefix), *account_ids)
+
+    async def _put(self, copies: Sequence[Mapping[str, Any]]) -> None:
         pipeline = self._client.pipeline(transaction=False)
         for copy in copies:
             pipeline.evalsha(
                 COPY.sha,
-                1,
+                2,
                 budgets_key(self._prefix, copy["account_id"]),
+                copied_key(self._prefix),
+                copy["account_id"],
                 copy["id"],
                 copy["version"],
                 orjson.dumps(copy),
             )
-        return sum(await pipeline.execute())
+        await pipeline.execute()
+
+
+def _read(packed: bytes) -> dict[str, Any]:
+    try:
+        copy = orjson.loads(packed)
+    except orjson.JSONDecodeError:
+        return {}
+    return copy if isinstance(copy, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -27,6 +28,11 @@ JOBS = 400 if FULL else 40
 PLACES = ("opened", "dispatched", "answered", "charged", "settled")
 #: What stands in the values of a statement, and in those of no other.
 VALUES_OF = {"reserve": b'"baseline_reserved_nano_usd"', "settle": b'"attempt_state"'}
+#: Those that wait to reserve: Postgres shows how a statement begins.
+RESERVING = (
+    "SELECT pid FROM pg_stat_activity"
+    " WHERE wait_event_type = 'Lock' AND query LIKE '%%WITH me AS%%'"
+)
 #: Large enough for everything here, and small enough to be counted against.
 LIMIT = 10**9
 
@@ -219,6 +225,11 @@ def test_postgres_stops_at_once_and_comes_back(
     assert differences == []
 
 
+def _have_been_lost(proxy: FaultProxy, replies: int) -> bool:
+    return proxy.lost == replies
+
+
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("statement", VALUES_OF)
 def test_replies_to_commits_are_lost(
     rig: Rig,
@@ -227,18 +238,59 @@ def test_replies_to_commits_are_lost(
     *,
     proxy: FaultProxy,
     statement: str,
+    at_once: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
+    # Of each wave as many as there are statements at least.
     lost, waves = 4, 4
-    before = proxy.lost
+    expected = proxy.lost
     with audit.watching(audit.account_id(account)):
         ids = []
         for _ in range(waves):
-            proxy.lose_replies(VALUES_OF[statement], lost)
+            proxy.lose_replies(VALUES_OF[statement], lost, at_once=at_once)
             ids += rig.submit("voice", JOBS // 2, account=account)
             rig.await_over(ids)
-    assert proxy.lost == before + lost * waves
+            expected += lost
+            eventually(partial(_have_been_lost, proxy, expected))
     assert _check(rig, audit, ids, record_property) == []
+
+
+@pytest.mark.parametrize("room", [1, 100])
+def test_a_reservation_that_is_repeated_while_it_is_made_is_made_once(
+    rig: Rig, audit: Audit, account: str, proxy: FaultProxy, room: int
+) -> None:
+    """The repeat has begun when the first try commits, and finds its own reservation in its way."""
+    account_id = audit.account_id(account)
+    (before,) = rig.submit("voice", 1, account=account)
+    rig.await_over([before])
+    (attempt,) = rig.attempts([before])[before]
+    limit = attempt.booked + room * attempt.reserved_nano_usd
+    audit.set_budget(account, day=limit, month=limit)
+    expected = proxy.lost + 1
+    with audit.locking(account_id):
+        proxy.lose_replies(VALUES_OF["reserve"], 1, at_once=True)
+        (job_id,) = rig.submit("voice", 1, account=account)
+        eventually(lambda: len(audit.rows(RESERVING)) == 2)
+    eventually(partial(_have_been_lost, proxy, expected))
+    rig.await_over([job_id])
+    assert rig.states([job_id]) == {"succeeded": 1}
+    audit.check_rest()
+    assert audit.check_bill(rig, [before, job_id]) == []
+
+
+def test_a_task_that_is_revoked_while_it_reserves_holds_nothing(
+    rig: Rig, audit: Audit, account: str
+) -> None:
+    worker = next(one for one in rig.services if one.name.startswith("w"))
+    with audit.locking(audit.account_id(account)):
+        (job_id,) = rig.submit("general", 1, account=account)
+        eventually(lambda: audit.rows(RESERVING))
+        rig.tell(worker, "revoke", task_id=str(job_id), terminate=True)
+    rig.await_over([job_id])
+    assert rig.states([job_id]) == {"cancelled": 1}
+    audit.check_rest()
+    assert rig.calls([job_id]) == {}
+    assert audit.check_bill(rig, [job_id]) == []
 
 
 def test_reconcilers_run_at_once_under_load(

@@ -68,7 +68,7 @@ class Ledger(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         async def wipe() -> None:
-            await self.books.copying.finish()
+            await self.books.copying.finish(10)
             for table in ("alerts", "budgets", "cost_entries", "jobs", "gate_changes"):
                 await self.books.rows(f"DELETE FROM {table}")
             await self.books.rows("DELETE FROM accounts WHERE name = 'acme'")
@@ -172,7 +172,7 @@ class Ledger(RuleBasedStateMachine):
         key = budgets_key(self.books.settings.redis_prefix, self.account_id)
 
         async def flush() -> None:
-            await self.books.copying.finish()
+            await self.books.copying.finish(10)
             await self.books.redis.delete(key)
 
         self.wait(flush())
@@ -180,7 +180,7 @@ class Ledger(RuleBasedStateMachine):
     @rule()
     def reconcile(self) -> None:
         async def both() -> None:
-            await self.books.copying.finish()
+            await self.books.copying.finish(10)
             await asyncio.gather(self.books.reconcile(), self.books.reconcile())
             assert (await self.books.reconcile()).repaired == 0
             copies = await self.books.copies.read([self.account_id])

@@ -63,7 +63,7 @@ async def spend(books: Books, account: UUID, amount: int, use_case: str = "gener
     attempts = await books.wish(account, [amount], use_case)
     assert await books.open(attempts) == [True]
     await books.settle(attempts, amount)
-    await books.copying.finish()
+    await books.copying.finish(10)
 
 
 def plain(settings: Settings) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import psycopg
 import pytest
 
 from sluicegate.shared.accounts import find_account, set_account
@@ -16,6 +18,7 @@ from sluicegate.shared.budgets import clear_budget
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.ledger import Full
 from tests.books import Books
+from tests.polling import eventually_async
 
 
 @pytest.fixture
@@ -159,6 +162,33 @@ async def test_a_window_that_is_over_begins_anew_and_what_ends_late_belongs_to_t
     assert _state(books)[:2] == (60, 0)
 
 
+async def test_at_midnight_all_budgets_of_an_account_turn_together(books: Books) -> None:
+    """A statement that began before midnight finds one budget turned by one that began after it."""
+    account = books.account("acme")
+    books.set_budget("acme", day=1000)
+    books.set_budget("acme", use_case="draft", day=1000)
+    early = await books.wish(account, [600], "draft")
+    await books.open(early)
+    # Of yesterday; and midnight, by the other statement's clock, is five seconds ahead of ours.
+    await books.rows(
+        "UPDATE attempts SET dispatched_at = date_trunc('day', now()) - interval '1 s'"
+    )
+    await books.rows(
+        "UPDATE budgets SET day_resets_at = now() + interval '5 seconds' WHERE use_case = 'draft'"
+    )
+    await books.rows(
+        "UPDATE budgets SET day_started_at = now() + interval '5 seconds', day_held_nano_usd = 0"
+        " WHERE use_case IS NULL"
+    )
+    late = await books.wish(account, [600], "draft")
+    assert await books.open(late) == [True]
+    # As the next day's first statement finds it.
+    assert _state(books, use_case="draft")[:2] == (0, 600)
+    await books.settle(late, 100)
+    await books.settle(early, 100)
+    assert _state(books)[:2] == _state(books, use_case="draft")[:2] == (100, 0)
+
+
 async def test_a_month_outlives_its_days(books: Books) -> None:
     account = books.account("acme")
     today = datetime.now(UTC)
@@ -229,6 +259,84 @@ async def test_another_time_zone_counts_anew(books: Books) -> None:
     assert (moved.day.spent_nano_usd, moved.day.held_nano_usd) == (40, 0)
 
 
+async def test_another_time_zone_wakes_whoever_waits_and_says_what_is_reached(books: Books) -> None:
+    account = books.account("acme", "Pacific/Kiritimati")
+    spent = await books.wish(account, [90])
+    await books.open(spent)
+    await books.settle(spent, 90)
+    # Yesterday there, and today in Pago Pago.
+    await books.rows("UPDATE cost_entries SET dispatched_at = dispatched_at - interval '24 hours'")
+    books.set_budget("acme", month=None, day=100)
+    with books.change() as line:
+        set_account(line, "acme", time_zone="Pacific/Pago_Pago")
+    (change,) = await books.rows(
+        "SELECT account_id, before, after FROM gate_changes ORDER BY number DESC LIMIT 1"
+    )
+    assert change == (account, "Pacific/Kiritimati", "Pacific/Pago_Pago")
+    reached = books.budget("acme").day.spent_nano_usd >= 80
+    alerts = await books.rows("SELECT threshold FROM alerts")
+    assert [row.threshold for row in alerts] == ([80] if reached else [])
+
+
+async def test_a_dispatch_that_goes_on_after_its_connection_is_heard_of(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first try waits for a lock, without its client, and commits after the second began."""
+    account = books.account("acme")
+    books.set_budget("acme", day=100)
+    (attempt,) = await books.wish(account, [60])
+    zombies: list[asyncio.Task[object]] = []
+    execute = books.db.execute
+
+    async def waiting(backends: int) -> None:
+        async def are_waiting() -> bool:
+            (row,) = await execute(
+                "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                " AND datname = current_database()"
+            )
+            return bool(row.n == backends)
+
+        await eventually_async(are_waiting)
+
+    async def lossy(sql: str, *arguments: Any, **values: Any) -> Any:
+        if not zombies:
+            zombies.append(asyncio.ensure_future(execute(sql, *arguments, **values)))
+            await waiting(1)
+            raise psycopg.OperationalError("the connection is lost")
+        return await execute(sql, *arguments, **values)
+
+    monkeypatch.setattr(books.db, "execute", lossy)
+    with books.engine.connect() as line:
+        line.execution_options(isolation_level="READ COMMITTED")
+        with line.begin():
+            line.exec_driver_sql("SELECT FROM budgets FOR UPDATE")
+            opening = asyncio.ensure_future(books.open([attempt]))
+            await waiting(2)
+        assert await opening == [True]
+    await asyncio.gather(*zombies)
+    assert _state(books) == (0, 60, 0, 60)
+
+
+async def test_what_a_dead_worker_left_of_a_job_that_has_gone_on_is_booked(books: Books) -> None:
+    account = books.account("acme")
+    books.set_budget("acme", day=1000)
+    (stray,) = await books.wish(account, [60])
+    await books.open([stray])
+    await books.die()
+    # Its job is another worker's by now, under another fence.
+    await books.rows(
+        "UPDATE jobs SET worker_id = %(worker)s, fence = fence + 1 WHERE id = %(id)s",
+        worker=books.worker_id,
+        id=stray.job_id,
+    )
+    await asyncio.gather(books.resolve(), books.resolve())
+    assert _state(books) == (60, 0, 60, 0)
+    (job,) = await books.rows(
+        "SELECT state, fence, cost_nano_usd FROM jobs WHERE id = %(id)s", id=stray.job_id
+    )
+    assert job == ("running", 2, 60)
+
+
 async def test_fifty_settlements_that_cross_a_threshold_at_once_raise_one_alert(
     books: Books,
 ) -> None:
@@ -283,7 +391,7 @@ async def test_redis_has_what_postgres_has(books: Books) -> None:
     attempts = await books.wish(account, [60, 60])
     await books.open(attempts)
     await books.settle(attempts[:1], 50)
-    await books.copying.finish()
+    await books.copying.finish(10)
     (copy,) = (await books.copies.read([account])).values()
     assert (copy["day_spent"], copy["day_held"], copy["day_limit"]) == (50, 0, 100)
     drift = await books.reconcile()
@@ -296,17 +404,16 @@ async def test_the_reconciler_repairs_whatever_redis_has(books: Books, settings:
         books.set_budget(name, day=100)
     attempts = [attempt for one in ids for attempt in await books.wish(one, [60])]
     await books.open(attempts)
-    await books.copying.finish()
+    await books.copying.finish(10)
     before = await books.copies.read(ids)
     assert len(before) == 4
     await books.settle(attempts, 50)
-    await books.copying.finish()
+    await books.copying.finish(10)
     by_account = {copy["account_id"]: copy for copy in before.values()}
     # a: from an older file; b: gone; c: of a version that never was; d: its budget is cleared.
     old, gone, wrong, _ = (str(one) for one in ids)
-    await books.copies.remove(old, [by_account[old]["id"]])
+    await books.copies.remove([by_account[old], by_account[gone]])
     await books.copies.put([by_account[old]])
-    await books.copies.remove(gone, [by_account[gone]["id"]])
     await books.copies.put([by_account[wrong] | {"version": 99}])
     with books.change() as line:
         clear_budget(line, find_account(line, "d"))
@@ -317,6 +424,12 @@ async def test_the_reconciler_repairs_whatever_redis_has(books: Books, settings:
     assert {copy["account_id"] for copy in after.values()} == {old, gone, wrong}
     assert all((copy["day_spent"], copy["day_held"]) == (50, 0) for copy in after.values())
     assert (await books.reconcile()).repaired == 0
+    # Nobody can read one.
+    key = budgets_key(settings.redis_prefix, ids[0])
+    await books.redis.hset(key, by_account[old]["id"], "neither JSON nor ours")
+    drift = await books.reconcile()
+    assert (drift.wrong, drift.repaired) == (1, 1)
+    assert await books.copies.read(ids) == after
     for key in await books.copies.account_ids():
         await books.redis.delete(budgets_key(settings.redis_prefix, key))
     await asyncio.gather(*(books.reconcile() for _ in range(5)))

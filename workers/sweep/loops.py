@@ -54,6 +54,8 @@ from sluicegate.workers.webhook import WebhookClient
 
 log = logging.getLogger(__name__)
 
+#: How long the copies that are under way are waited for at the end.
+_FINISH_S = 2.0
 #: How long a loop that is woken waits for more of what woke it.
 _GATHER_S = 0.02
 
@@ -72,6 +74,8 @@ class Sweep:
             name: asyncio.Event()
             for name in (STAGE_CHANNEL, OUTBOX_CHANNEL, GATE_CHANNEL, ALERT_CHANNEL)
         }
+        #: The same for copies of budgets, which wait beside those that are held back.
+        self._reconciling = asyncio.Event()
         #: What was told is posted, and who is done may post more.
         self._posting = asyncio.Event()
         self._replies = Replies(settings, self._redis)
@@ -149,8 +153,7 @@ class Sweep:
                     self._loop(
                         "reconcile",
                         self.reconcile,
-                        # A budget was set or cleared.
-                        wake=self._woken[GATE_CHANNEL],
+                        wake=self._reconciling,
                         every_s=self._settings.reconcile_interval_s,
                     )
                 )
@@ -160,6 +163,7 @@ class Sweep:
 
     async def close(self) -> None:
         """Close every connection."""
+        await self._copying.finish(_FINISH_S)
         await self._poster.close()
         await self._replies.close()
         await self._redis.aclose()
@@ -285,6 +289,9 @@ class Sweep:
                         await connection.execute(f"LISTEN {name}")
                     async for notice in connection.notifies():
                         self._woken[notice.channel].set()
+                        if notice.channel == GATE_CHANNEL:
+                            # A budget may have been set or cleared.
+                            self._reconciling.set()
             except (psycopg.Error, OSError) as error:
                 log.warning("sweep: not listening (%s)", type(error).__name__)
             await asyncio.sleep(self._settings.sweep_interval_s)

@@ -8,13 +8,13 @@ found, repaired by setting, and counted.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-import orjson
 import redis.asyncio
 
 from sluicegate.shared.admission.budget_copies import BudgetCopies, drift_key
@@ -25,11 +25,14 @@ log = logging.getLogger(__name__)
 
 _BATCH: Final = 500
 _FIRST: Final = "00000000-0000-0000-0000-000000000000"
+#: How long a copy may be on its way.
+_GRACE_S: Final = 0.5
 _AMOUNTS: Final = ("day_spent", "day_held", "month_spent", "month_held")
 
 _READ = f"""
 SELECT {COPY} AS copy FROM budgets b WHERE b.id > %(after)s::uuid ORDER BY b.id LIMIT {_BATCH}
 """
+_READ_AGAIN = f"SELECT {COPY} AS copy FROM budgets b WHERE b.id = ANY(%(ids)s::uuid[])"
 
 
 @dataclass(slots=True)
@@ -38,7 +41,7 @@ class Drift:
 
     #: Budgets that there are.
     budgets: int = 0
-    #: Copies that were not there, that were behind, or that nobody could have written.
+    #: Copies that were not there, that stayed behind, or that nobody could have written.
     missing: int = 0
     behind: int = 0
     wrong: int = 0
@@ -63,51 +66,81 @@ class Reconciler:
         self._drift_key = drift_key(prefix)
 
     async def round(self) -> Drift:
-        """Compare and repair; what was found is also left in Redis, for whoever watches.
+        """Compare and repair. What was found is also counted in Redis, for whoever watches.
 
         Raises if a server is away.
         """
         drift = Drift()
         # Redis first: whatever it has, Postgres had before, so what is read there is not older.
-        copies = await self._copies.read(await self._copies.account_ids())
+        account_ids = await self._copies.account_ids()
+        copies = await self._copies.read(account_ids)
+        found = await self._differences(copies, drift)
+        if found:
+            # Most of them are copies on their way.
+            await asyncio.sleep(_GRACE_S)
+            await self._repair({row["id"]: row for row in found}, drift)
+        if copies:
+            await self._copies.remove(list(copies.values()))
+            drift.orphaned = len(copies)
+        await self._forget_empty(account_ids)
+        if drift.repaired:
+            log.info("copies of budgets were repaired: %s", drift)
+        await self._count(drift)
+        return drift
+
+    async def _differences(
+        self, copies: dict[str, dict[str, Any]], drift: Drift
+    ) -> list[dict[str, Any]]:
+        """Return the budgets whose copies differ; what is left of `copies` is of none."""
+        found: list[dict[str, Any]] = []
         after = _FIRST
         while True:
             rows = [row.copy for row in await self._db.execute(_READ, after=after)]
-            await self._compare(rows, copies, drift)
+            drift.budgets += len(rows)
+            found += [row for row in rows if copies.pop(row["id"], None) != row]
             if len(rows) < _BATCH:
-                break
+                return found
             after = rows[-1]["id"]
-        for copy in copies.values():
-            await self._copies.remove(copy["account_id"], [copy["id"]])
-            drift.orphaned += 1
-        await self._client.set(self._drift_key, orjson.dumps(asdict(drift) | {"at_s": time.time()}))
-        if drift.repaired:
-            log.warning("copies of budgets were repaired: %s", drift)
-        return drift
 
-    async def _compare(
-        self, rows: list[dict[str, Any]], copies: dict[str, dict[str, Any]], drift: Drift
-    ) -> None:
-        """Repair the copies of these budgets, and take them from `copies`."""
+    async def _repair(self, before: dict[str, dict[str, Any]], drift: Drift) -> None:
+        """Set the copies that are not even what these budgets were before."""
+        copies = await self._copies.read(sorted({row["account_id"] for row in before.values()}))
         repairs = []
-        for row in rows:
-            drift.budgets += 1
-            copy = copies.pop(row["id"], None)
-            if copy == row:
+        for row in await self._db.execute(_READ_AGAIN, ids=list(before)):
+            budget = row.copy
+            copy = copies.get(budget["id"], {})
+            version = copy.get("version", -1)
+            if copy == budget or before[budget["id"]]["version"] <= version < budget["version"]:
                 continue
-            repairs.append(row)
-            drift.largest_nano_usd = max(drift.largest_nano_usd, _difference(row, copy or {}))
-            if copy is None:
+            if not copy:
                 drift.missing += 1
-            elif copy["version"] < row["version"]:
+            elif 0 <= version < budget["version"]:
                 drift.behind += 1
             else:
                 # A version that Postgres never gave, or does not have any more.
                 drift.wrong += 1
-                await self._copies.remove(row["account_id"], [row["id"]])
+                await self._copies.remove([copy])
+            drift.largest_nano_usd = max(drift.largest_nano_usd, _difference(budget, copy))
+            repairs.append(budget)
         if repairs:
             await self._copies.put(repairs)
 
+    async def _forget_empty(self, account_ids: list[str]) -> None:
+        kept = {copy["account_id"] for copy in (await self._copies.read(account_ids)).values()}
+        if empty := [account_id for account_id in account_ids if account_id not in kept]:
+            await self._copies.forget_accounts(empty)
 
-def _difference(row: Mapping[str, Any], copy: Mapping[str, Any]) -> int:
-    return max(abs(int(row[name]) - int(copy.get(name, 0))) for name in _AMOUNTS)
+    async def _count(self, drift: Drift) -> None:
+        found = asdict(drift)
+        last = {name: found.pop(name) for name in ("budgets", "largest_nano_usd")}
+        pipeline = self._client.pipeline(transaction=False)
+        for name, count in found.items():
+            pipeline.hincrby(self._drift_key, name, count)
+        pipeline.hincrby(self._drift_key, "rounds", 1)
+        for name, value in (*last.items(), ("at_s", time.time())):
+            pipeline.hset(self._drift_key, name, value)
+        await pipeline.execute()
+
+
+def _difference(budget: Mapping[str, Any], copy: Mapping[str, Any]) -> int:
+    return max(abs(int(budget[name]) - int(copy.get(name, 0))) for name in _AMOUNTS)

@@ -29,25 +29,33 @@ _READ = "SELECT id, beat, name FROM workers"
 
 _BURY = "DELETE FROM workers WHERE id = %(id)s AND beat = %(beat)s RETURNING id"
 
-# An attempt of nobody has an unknown outcome: its whole reservation is booked as the estimate,
-# which a late actual corrects. Its job is tried again once, if the use case says so and its
-# attempt budget allows; a job that had not been dispatched simply goes back. What would go back and
-# is to be cancelled ends.
+# Locks go jobs, attempts, budgets, each by key; jobs are also those that have gone on without an
+# attempt which their dead worker left. An attempt of nobody has an unknown outcome: its whole
+# reservation is booked as the estimate, which a late actual corrects. Its job is tried again once,
+# if the use case says so and its attempt budget allows; a job that had not been dispatched simply
+# goes back. What would go back and is to be cancelled ends.
 _RESOLVE = f"""
-WITH job AS (
+WITH lost AS (
     SELECT j.id FROM jobs j
-    WHERE j.state = 'running'
-      AND NOT EXISTS (SELECT FROM workers w WHERE w.id = j.worker_id)
+    WHERE j.state = 'running' AND NOT EXISTS (SELECT FROM workers w WHERE w.id = j.worker_id)
     ORDER BY j.id LIMIT {_BATCH}
-    FOR NO KEY UPDATE SKIP LOCKED
+), stray AS (
+    SELECT DISTINCT a.job_id AS id FROM attempts a
+    WHERE a.state = 'dispatching' AND NOT EXISTS (SELECT FROM workers w WHERE w.id = a.worker_id)
+    LIMIT {_BATCH}
+), job AS (
+    SELECT j.id, j.state = 'running'
+           AND NOT EXISTS (SELECT FROM workers w WHERE w.id = j.worker_id) AS is_lost
+    FROM jobs j
+    WHERE j.id IN (SELECT id FROM lost UNION SELECT id FROM stray)
+    ORDER BY j.id
+    FOR NO KEY UPDATE OF j SKIP LOCKED
 ), attempt AS (
     SELECT a.id FROM attempts a
-    WHERE a.state = 'dispatching' AND (SELECT count(*) FROM job) >= 0
+    WHERE a.state = 'dispatching' AND a.job_id IN (SELECT id FROM job)
+      AND (SELECT count(*) FROM job) >= 0
       AND NOT EXISTS (SELECT FROM workers w WHERE w.id = a.worker_id)
-      AND (a.job_id IN (SELECT id FROM job)
-           OR NOT EXISTS (SELECT FROM jobs j WHERE j.id = a.job_id AND j.state = 'running'
-                          AND j.fence = a.fence))
-    ORDER BY a.id LIMIT {2 * _BATCH}
+    ORDER BY a.id
     FOR NO KEY UPDATE SKIP LOCKED
 ), unknown AS (
     UPDATE attempts a
@@ -79,6 +87,7 @@ WITH job AS (
     FROM job JOIN jobs j USING (id)
     LEFT JOIN cost ON cost.job_id = j.id
     LEFT JOIN use_cases u ON u.name = j.use_case
+    WHERE job.is_lost
 ), moved AS (
     UPDATE jobs j
     SET state = plan.state, worker_id = NULL, claim_id = NULL, fence = j.fence + 1,
@@ -101,7 +110,8 @@ WITH job AS (
 } END FROM moved j WHERE j.state <> 'queued'
     RETURNING job_id, body
 ), late AS (
-    SELECT cost.job_id, cost.amount FROM cost WHERE cost.job_id NOT IN (SELECT id FROM job)
+    SELECT cost.job_id, cost.amount FROM cost JOIN job ON job.id = cost.job_id
+    WHERE NOT job.is_lost
 ), elsewhere AS (
     UPDATE jobs j SET cost_nano_usd = j.cost_nano_usd + late.amount
     FROM late WHERE j.id = late.job_id
