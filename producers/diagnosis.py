@@ -27,6 +27,7 @@ ALERTS_SHOWN: Final = 10
 
 _POSTGRES_NEEDED = 150_000
 _REDIS_NEEDED = (7, 0)
+_DRIFT_COUNTS = ("missing", "behind", "wrong", "orphaned")
 _CLOCK_WARNING_S = 0.5
 #: Messages may be claimed this much early (workers' claim statement): beyond it clocks hurt.
 _CLOCK_PROBLEM_S = 2.0
@@ -198,6 +199,19 @@ def judge_redis(info: Mapping[str, object]) -> list[Finding]:
             warning("redis", f"uses {used / limit:.0%} of its memory", "give it more memory")
         )
     return found or [ok("redis", f"{name} {version}")]
+
+
+def judge_drift(counts: Mapping[str, int]) -> list[Finding]:
+    """Tell what the reconciler has repaired of the copies of budgets since Redis began to count.
+
+    `counts` is what it keeps there; empty where no sweep has run. A few are no problem: a copy only
+    delays.
+    """
+    if not counts.get("budgets"):
+        return []
+    found = ", ".join(f"{counts[name]} {name}" for name in _DRIFT_COUNTS if counts.get(name))
+    said = f"{counts['budgets']} budgets; their copies in Redis in {counts['rounds']} rounds: "
+    return [ok("budgets", said + (found or "all as they should be"))]
 
 
 def judge_clocks(differences_s: Mapping[str, float]) -> list[Finding]:

@@ -17,6 +17,7 @@ from sluicegate.producers.diagnosis import (
     judge_alert_urls,
     judge_catalogue,
     judge_clocks,
+    judge_drift,
     judge_gates,
     judge_keyrings,
     judge_keys,
@@ -27,6 +28,7 @@ from sluicegate.producers.diagnosis import (
     ok,
     problem,
 )
+from sluicegate.shared.admission.budget_copies import drift_key
 from sluicegate.shared.catalogue import Catalogue, read
 from sluicegate.shared.connecting import connected
 from sluicegate.shared.database import DATABASE_ERRORS, check_schema
@@ -97,6 +99,8 @@ def examine(settings: Settings) -> list[Finding]:
         with closing(make_redis(settings)) as client:
             clocks["Redis"] = _redis_difference_s(client)
             findings += judge_redis(cast("Mapping[str, Any]", client.info()))
+            drift = cast("dict[bytes, bytes]", client.hgetall(drift_key(settings.redis_prefix)))
+            findings += judge_drift({name.decode(): int(float(n)) for name, n in drift.items()})
     except redis.RedisError as error:
         findings.append(
             problem("redis", f"did not answer: {error}", "start it, or check SLUICE_REDIS_URL")

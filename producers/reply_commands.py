@@ -130,7 +130,7 @@ def _away(reason: object) -> QueueUnavailable:
     return QueueUnavailable(f"Redis did not answer ({reason}); check SLUICE_REDIS_URL")
 
 
-@reply.command("tail", epilog="Example: sluice reply tail crm-eu --group ops --timeout 60")
+@reply.command("tail", epilog="Example: sluice reply tail crm-eu --group ops --timeout 5")
 def tail(
     channel: _Channel,
     *,

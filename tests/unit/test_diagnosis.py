@@ -15,6 +15,7 @@ from sluicegate.producers.diagnosis import (
     Level,
     judge_catalogue,
     judge_clocks,
+    judge_drift,
     judge_keyrings,
     judge_keys,
     judge_postgres,
@@ -131,6 +132,18 @@ def test_postgres(changes: dict[str, str], version: int, level: str, text: str) 
     ((found_level, found),) = bad(judge_postgres(POSTGRES | changes, version, processes=5))
     assert found_level == level
     assert text in found
+
+
+def test_the_drift_of_budgets_is_told_and_is_no_problem() -> None:
+    assert judge_drift({}) == judge_drift({"budgets": 0, "rounds": 9}) == []
+    (well,) = judge_drift({"budgets": 2, "rounds": 9, "missing": 0})
+    assert (well.level, well.found) == (
+        "ok",
+        "2 budgets; their copies in Redis in 9 rounds: all as they should be",
+    )
+    (told,) = judge_drift({"budgets": 2, "rounds": 9, "missing": 3, "wrong": 1, "at_s": 5})
+    assert told.level == "ok"
+    assert told.found.endswith("in 9 rounds: 3 missing, 1 wrong")
 
 
 def test_servers_that_are_well() -> None:
