@@ -27,8 +27,8 @@ from tests.polling import eventually
 
 PAID, JOBS, SUBMITTERS, WORKERS = (1000, 5000, 200, 4) if FULL else (60, 300, 20, 2)
 RUNS = range(10 if FULL else 1)
-#: Bulk jobs reserve so many times what they cost.
-TIMES, BULK_JOBS = 20, JOBS if FULL else 150
+#: Bulk jobs reserve so many times what they cost; there is room for so many, of so many.
+TIMES, BULK_PAID, BULK_JOBS = (20, PAID, JOBS) if FULL else (5, 40, 100)
 
 #: A provider at which a call costs what it reserved: prompts are free, and answers have a length.
 #: The provider itself bills prompts too.
@@ -175,8 +175,8 @@ def test_bulk_jobs_leave_room_for_their_last_reserve(
 ) -> None:
     for worker in [rig.begin_worker("openai", ["general"], Lane.BULK) for _ in range(WORKERS)]:
         rig.await_worker(worker)
-    fit = PAID - TIMES + 1
-    budget = audit.set_budget(account, day=PAID * COST)
+    fit = BULK_PAID - TIMES + 1
+    budget = audit.set_budget(account, day=BULK_PAID * COST)
     options = OPTIONS | {"max_tokens": TIMES * TOKENS, "lane": "bulk", "account": account}
     with audit.watching(audit.account_id(account)) as watch:
         ids, turned_away = _submit_at_once(rig, BULK_JOBS, **options)
