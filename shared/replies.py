@@ -185,6 +185,8 @@ class Channels:
         self.wake_key = f"{prefix}wake:{uuid4()}".encode()
         self._wake_id = b"0-0"
         self._reading = False
+        #: Where the XREAD that waits has begun in each stream.
+        self._read_from: dict[bytes, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -222,9 +224,11 @@ class Channels:
         ending: list[Subscription] = []
         with self._lock:
             self._reading = True
+            self._read_from.clear()
             for key, readers in self._by_key.items():
                 places = [one.cursor for one in readers if not one.closed and not one.paused]
                 if places:
+                    self._read_from[key] = min(places)
                     streams[key] = event_id(*min(places))
                     ending += [one for one in readers if one.ending and not one.paused]
             streams[self.wake_key] = self._wake_id
@@ -241,7 +245,10 @@ class Channels:
                     self._wake_id = entries[-1][0]
                     continue
                 touched.add(key)
+                begun = self._read_from.get(key, (0, 0))
                 for one in self._by_key.get(key, ()):
+                    if one.cursor < begun:
+                        continue  # it came since, and what it wants first is not in this reply
                     for entry_id, fields in entries:
                         one.offer(entry_id.decode(), fields)
             for one in ending:
