@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,9 +26,8 @@ import redis
 import redis.asyncio
 from hypothesis import settings as hypothesis_settings
 from pydantic import SecretStr
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool
 
 from sluicegate.cli import run
 from sluicegate.shared import migrations, price_lists
@@ -39,6 +37,7 @@ from sluicegate.workers.local.processes import end, spawn
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.servers import EmbeddedPostgres, EmbeddedValkey
 from tests.command_line import Command, Outcome
+from tests.databases import Databases
 
 pytest.register_assert_rewrite("tests.harness")
 
@@ -90,36 +89,6 @@ def server_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@dataclass(frozen=True)
-class Databases:
-    """A PostgreSQL server that makes databases in a moment."""
-
-    #: Of a database to connect to while others are made and dropped.
-    url: str
-    #: A migrated database to copy.
-    template: str
-
-    @contextmanager
-    def database(self, *, template: str = "template1") -> Iterator[str]:
-        """Make a database for the length of a `with`; yield its URL."""
-        name = f"test_{uuid4().hex}"
-        # A fifth of what it takes by way of the log.
-        self._run(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
-        try:
-            yield _with_database(self.url, name)
-        finally:
-            self._run(f"DROP DATABASE {name} WITH (FORCE)")
-
-    def _run(self, statement: str) -> None:
-        engine = create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(statement))
-
-
-def _with_database(url: str, name: str) -> str:
-    return make_url(url).set(database=name).render_as_string(hide_password=False)
-
-
 def _settings(**values: object) -> Settings:
     return Settings(_env_file=None, **values)  # type: ignore[arg-type]  # as in load_settings
 
@@ -132,7 +101,9 @@ def postgres(server_folder: Path) -> Iterator[Databases]:
         empty = Databases(url, template="template1")
         with empty.database() as template_url:
             migrations.upgrade(_settings(database_url=template_url))
-            yield Databases(url, template=str(make_url(template_url).database))
+            databases = Databases(url, template=str(make_url(template_url).database))
+            yield databases
+            databases.close()
 
 
 @contextmanager
@@ -168,7 +139,7 @@ def settings(postgres: Databases, valkey: str) -> Iterator[Settings]:
     Values may be changed with `settings.model_copy(update={...})`.
     """
     prefix = f"test-{uuid4().hex}:"
-    with postgres.database(template=postgres.template) as url:
+    with postgres.migrated() as url:
         yield _settings(database_url=url, redis_url=valkey, redis_prefix=prefix)
     with redis.Redis.from_url(valkey) as client:
         for key in client.scan_iter(match=f"{prefix}*", count=1000):

@@ -47,7 +47,7 @@ from sluicegate.shared.secrets import Secret
 from sluicegate.shared.settings import Settings
 from sluicegate.testing import AsyncFakeSluice, FakeSluice
 from sluicegate.testing.catalogue import fresh_catalogue
-from tests.conftest import Databases
+from tests.databases import Databases
 from tests.harness import Rig
 from tests.polling import eventually
 

@@ -231,7 +231,7 @@ def test_the_ledger(settings: Settings) -> None:
             run_state_machine_as_test(
                 Ledger,
                 settings=hypothesis_settings(
-                    max_examples=300 if FULL else 25,
+                    max_examples=300 if FULL else 20,
                     stateful_step_count=25,
                     suppress_health_check=list(HealthCheck),
                 ),

@@ -39,7 +39,7 @@ from sluicegate import (
 )
 from sluicegate.shared.queues import STAGE_CHANNEL
 from sluicegate.shared.settings import Settings
-from tests.conftest import Databases
+from tests.databases import Databases
 from tests.polling import eventually_async
 from tests.stand_in import StandIn
 
