@@ -17,7 +17,7 @@ from tests.harness import FULL, Rig, Service
 from tests.polling import eventually
 
 PRIMARY, MODEL = "openai-gpt-6-luna", "gpt-6-luna"
-PARKED = 100_000 if FULL else 1_500
+PARKED = 100_000 if FULL else 3_000
 #: Longer than it takes to park them.
 OPEN_S = 850.0 if FULL else 200.0
 #: What a worker may grow by, however many there are; to hold all of these takes several times that.
