@@ -99,11 +99,12 @@ def show(
 def clear(account: Who, *, use_case: UseCase = None) -> None:
     """Take a budget away: nothing limits that spending any more."""
     from sluicegate.producers.budgeting import clearing
+    from sluicegate.shared.budgets import name_budget
 
     work = clearing(account, use_case)
     with transaction() as line:
         work(line)
-    note(f"{account} has no budget{f' for {use_case}' if use_case else ''} any more")
+    note(f"{account} has no {name_budget(use_case)} any more")
 
 
 def _limit(field: str, given: str | None, *, none: bool) -> Limit:

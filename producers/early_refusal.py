@@ -146,10 +146,8 @@ def tell(rows: Sequence[Row[Any]]) -> None:
     for row in rows:
         limit, spent = dollars(row.cap), dollars(row.spent)
         resets_at = row.resets_at.astimezone(ZoneInfo(row.time_zone))
-        word = {"day": "daily", "month": "monthly"}[row.window]
-        whose = f" for {row.use_case}" if row.use_case else ""
         raise BudgetExceeded(
-            f"the {word} budget{whose} of account {row.account}, "
+            f"the {budgets.name_budget(row.use_case, row.window)} of account {row.account}, "
             f"{budgets.dollars(row.cap)}, is full: {budgets.dollars(row.spent)} is spent; it "
             f"resets at {resets_at:%Y-%m-%d %H:%M} ({row.time_zone})",
             account=row.account,

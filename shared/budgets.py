@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from sluicegate.shared import jobs
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 WindowName = Literal["day", "month"]
 WINDOW_NAMES: Final[tuple[WindowName, ...]] = ("day", "month")
+WINDOW_WORDS: Final[Mapping[WindowName, str]] = {"day": "daily", "month": "monthly"}
 DEFAULT_THRESHOLDS: Final = (80, 100)
+
+#: The Postgres channel on which a change of a budget is told: it wakes the sweep, which sets the
+#: copies in Redis.
+BUDGET_CHANNEL: Final = "sluice_budgets"
 
 _NANO: Final = 1_000_000_000
 _MOST_THRESHOLDS: Final = 10
@@ -62,9 +67,12 @@ WINDOWS: Final = """moment AS MATERIALIZED (
     ) AS w(name, length, cap, is_over, started_at, resets_at, spent, held)
 )"""
 
-_CROSSED = """(after.{window}_spent_nano_usd - due.{window}_spent) * 100
-            < after.{window}_limit_nano_usd * percent
-        AND after.{window}_spent_nano_usd * 100 >= after.{window}_limit_nano_usd * percent"""
+_SPENT = """
+        ('{window}', '{word}', after.{window}_started_at, after.{window}_spent_nano_usd,
+         after.{window}_limit_nano_usd,
+         (after.{window}_spent_nano_usd - due.{window}_spent) * 100
+             < after.{window}_limit_nano_usd * percent
+         AND after.{window}_spent_nano_usd * 100 >= after.{window}_limit_nano_usd * percent)"""
 
 #: Raises the alerts for thresholds that rows of `after` have reached by `due` (id, day_spent,
 #: month_spent); at most one for each account, window and threshold.
@@ -76,11 +84,9 @@ REACHED: Final = f"""
                   trim_scale(w.cap / 1000000000.0))
     FROM after JOIN due USING (id) JOIN accounts a ON a.id = after.account_id
     CROSS JOIN unnest(after.thresholds) AS percent
-    CROSS JOIN LATERAL (VALUES
-        ('day', 'daily', after.day_started_at, after.day_spent_nano_usd, after.day_limit_nano_usd,
-         {_CROSSED.format(window="day")}),
-        ('month', 'monthly', after.month_started_at, after.month_spent_nano_usd,
-         after.month_limit_nano_usd, {_CROSSED.format(window="month")})
+    CROSS JOIN LATERAL (VALUES {
+    ",".join(_SPENT.format(window=window, word=word) for window, word in WINDOW_WORDS.items())
+}
     ) AS w(name, word, started_at, spent, cap, is_crossed)
     WHERE w.is_crossed
     ORDER BY after.id, w.name, percent
@@ -242,6 +248,12 @@ def dollars(nano_usd: int) -> str:
     return f"{'-' if nano_usd < 0 else ''}${whole:,}.{decimals}"
 
 
+def name_budget(use_case: str | None, window: WindowName | None = None) -> str:
+    """Say which budget: "budget", "budget for voice", and of a window "daily budget for voice"."""
+    word = "" if window is None else f"{WINDOW_WORDS[window]} "
+    return f"{word}budget{f' for {use_case}' if use_case else ''}"
+
+
 def read_dollars(field: str, amount: str | int | float | Decimal) -> int:
     """Return an amount of dollars in nano-USD; raise `InvalidJob` that names the field."""
     try:
@@ -303,7 +315,7 @@ def set_budget(
         values["thresholds"] = list(found.thresholds if checked is None else checked)
         connection.execute(_CHANGE, values)
     connection.execute(_RAISE, {"id": values["id"]})
-    _record(connection, account, use_case, before, after)
+    _record(connection, account.id, use_case, _words(before), _words(after))
     (budget,) = [one for one in list_budgets(connection, account.id) if one.id == values["id"]]
     return budget
 
@@ -316,10 +328,9 @@ def clear_budget(connection: Connection, account: Account, *, use_case: str | No
     key = {"account_id": account.id, "use_case": use_case}
     found = connection.execute(_FIND, key).one_or_none()
     if found is None:
-        whose = f" for {use_case}" if use_case else ""
-        raise NotFound(f"account {account.name} has no budget{whose}")
+        raise NotFound(f"account {account.name} has no {name_budget(use_case)}")
     connection.execute(_DELETE, key)
-    _record(connection, account, use_case, _limits_of(found), {})
+    _record(connection, account.id, use_case, _words(_limits_of(found)), _words({}))
 
 
 def recount_budgets(connection: Connection, account_id: UUID, time_zone: str) -> None:
@@ -343,8 +354,7 @@ def recount_budgets(connection: Connection, account_id: UUID, time_zone: str) ->
         connection.execute(_RAISE, {"id": budget.id})
     if budgets:
         # Whoever waits for the old windows to reset looks again.
-        about = {"account_id": account_id}
-        record_change(connection, "budget", about, budgets[0].time_zone, time_zone)
+        _record(connection, account_id, None, budgets[0].time_zone, time_zone)
 
 
 def list_budgets(connection: Connection, account_id: UUID | None = None) -> list[Budget]:
@@ -421,16 +431,13 @@ def _window(row: Any, name: WindowName) -> Window:
 
 
 def _record(
-    connection: Connection,
-    account: Account,
-    use_case: str | None,
-    before: Mapping[WindowName, int | None],
-    after: Mapping[WindowName, int | None],
+    connection: Connection, account_id: UUID, use_case: str | None, before: str, after: str
 ) -> None:
-    about: dict[str, UUID | str] = {"account_id": account.id}
+    about: dict[str, UUID | str] = {"account_id": account_id}
     if use_case is not None:
         about["use_case"] = use_case
-    record_change(connection, "budget", about, _words(before), _words(after))
+    record_change(connection, "budget", about, before, after)
+    connection.execute(select(func.pg_notify(BUDGET_CHANNEL, "")))
 
 
 def _words(limits: Mapping[WindowName, int | None]) -> str:

@@ -1,5 +1,7 @@
 """A proxy in front of PostgreSQL that loses replies: what was asked is done, and nobody hears it.
 
+Or it is done much later: what was asked lies in the proxy until it is released.
+
 It runs on a thread of its own and carries everything else unchanged. TLS must be off.
 """
 
@@ -7,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Self
+from typing import Literal, Self
 
 #: The end of every answer to a statement outside a transaction: ready for the next one.
 _READY = b"Z\x00\x00\x00\x05I"
 _CHUNK = 65536
 _LONGEST_NEEDLE = 200
+
+#: What becomes of a statement: its client is cut off when the server has answered, or as soon as
+#: the server has the statement, or before it has it.
+_Fate = Literal["answered", "asked", "held"]
 
 
 class FaultProxy:
@@ -22,10 +28,11 @@ class FaultProxy:
         self._target = host, port
         self._port = 0
         self._lock = threading.Lock()
-        #: How many more statements with this text are to go unanswered, and whether they are cut
-        #: off at once.
-        self._left: dict[bytes, tuple[int, bool]] = {}
+        #: How many more statements with this text are to go unanswered, and how.
+        self._left: dict[bytes, tuple[int, _Fate]] = {}
         self._lost = 0
+        self._held: list[bytes] = []
+        self._released = asyncio.Event()
         self._listening = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="fault proxy", daemon=True)
@@ -51,6 +58,12 @@ class FaultProxy:
         with self._lock:
             return self._lost
 
+    @property
+    def held(self) -> list[bytes]:
+        """What was held back so far, a piece for each statement."""
+        with self._lock:
+            return list(self._held)
+
     def lose_replies(self, needle: bytes, times: int, *, at_once: bool = False) -> None:
         """Let the next `times` statements with this text through, and cut their connections.
 
@@ -59,7 +72,18 @@ class FaultProxy:
         """
         assert len(needle) <= _LONGEST_NEEDLE
         with self._lock:
-            self._left[needle] = times, at_once
+            self._left[needle] = times, "asked" if at_once else "answered"
+
+    def hold(self, needle: bytes, times: int) -> None:
+        """Cut the connections of the next `times` statements with this text, and keep those."""
+        assert len(needle) <= _LONGEST_NEEDLE
+        with self._lock:
+            self._left[needle] = times, "held"
+        self._loop.call_soon_threadsafe(self._released.clear)
+
+    def release(self) -> None:
+        """Let the server have what was held back; its replies are lost."""
+        self._loop.call_soon_threadsafe(self._released.set)
 
     def _run(self) -> None:
         loop = self._loop
@@ -113,13 +137,16 @@ class FaultProxy:
         while data := await reader.read(_CHUNK):
             # A text may stand across two pieces.
             tail += data
-            taken = None if doomed.is_set() else self._take(tail)
-            if taken is not None:
+            fate = None if doomed.is_set() else self._take(tail)
+            if fate is not None:
                 doomed.set()
             tail = tail[-_LONGEST_NEEDLE:]
+            if fate == "held":
+                writer.transport.abort()
+                await self._released.wait()
             upstream.write(data)
             await upstream.drain()
-            if taken:
+            if fate in ("asked", "held"):
                 writer.transport.abort()
                 await asyncio.Event().wait()  # until the server has answered
 
@@ -138,11 +165,13 @@ class FaultProxy:
                     self._lost += 1
                 return
 
-    def _take(self, data: bytes) -> bool | None:
-        """Return whether this one is cut off at once; None: it is answered."""
+    def _take(self, data: bytes) -> _Fate | None:
+        """Return what becomes of this one; None: nothing."""
         with self._lock:
-            for needle, (left, at_once) in self._left.items():
+            for needle, (left, fate) in self._left.items():
                 if left and needle in data:
-                    self._left[needle] = left - 1, at_once
-                    return at_once
+                    self._left[needle] = left - 1, fate
+                    if fate == "held":
+                        self._held.append(data)
+                    return fate
         return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Self
 
-from sluicegate.shared.budgets import REACHED, WINDOWS, dollars
+from sluicegate.shared.budgets import REACHED, WINDOWS, WindowName, dollars, name_budget
 
 #: A budget as the copy in Redis has it; see `shared/admission/budget_copies.py`.
 Copy = Mapping[str, Any]
@@ -34,8 +34,8 @@ COPY: Final = """json_build_object(
     'month_held', b.month_held_nano_usd,
     'month_resets_us', (extract(epoch FROM b.month_resets_at) * 1000000)::bigint)"""
 
-#: The budgets that rows of {source} (account_id, use_case) come under, locked. Counting makes sure
-#: that all of them are there, and their own locks taken, before the first lock is taken here.
+#: The budgets that rows of {source} (account_id, use_case) come under, with a {lock}. Counting
+#: makes sure that all of them are there, and their own locks taken, before the first one here.
 _BUDGET = """budget AS (
     SELECT b.*
     FROM (SELECT DISTINCT account_id FROM {source}) whose
@@ -43,14 +43,16 @@ _BUDGET = """budget AS (
     WHERE (b.use_case IS NULL OR b.use_case = ANY(ARRAY(SELECT use_case FROM {source})))
       AND (SELECT count(*) FROM {source}) >= 0
     ORDER BY b.id
-    FOR NO KEY UPDATE OF b
+    {lock}
 )"""
+_LOCKED: Final = "FOR NO KEY UPDATE OF b"
 
 #: Whether budget `b` is one of those that row `s` comes under.
 _APPLIES = "s.account_id = b.account_id AND (b.use_case IS NULL OR b.use_case = s.use_case)"
 
-#: Which rows of `held` (n, account_id, use_case, reserved_nano_usd) would not fit alone.
-ALONE: Final = f"""{_BUDGET.format(source="held")}, {WINDOWS}, applies AS (
+#: Which rows of `held` (n, account_id, use_case, reserved_nano_usd) would not fit alone, with a
+#: {lock} on their budgets.
+_ALONE = f"""{_BUDGET.format(source="held", lock="{lock}")}, {WINDOWS}, applies AS (
     SELECT s.n, s.reserved_nano_usd AS cost, b.*
     FROM held s JOIN windows b ON {_APPLIES}
 ), alone AS (
@@ -60,7 +62,7 @@ ALONE: Final = f"""{_BUDGET.format(source="held")}, {WINDOWS}, applies AS (
 
 #: Those that do not fit, alone or together, in `full_`. Who would not fit alone takes no room from
 #: the others.
-ROOM: Final = f"""{ALONE}, together AS (
+ROOM: Final = f"""{_ALONE.format(lock=_LOCKED)}, together AS (
     SELECT a.n, a.spent + a.held
         + sum(a.cost) OVER (PARTITION BY a.id, a.name ORDER BY a.n) > a.cap AS is_full
     FROM applies a JOIN alone USING (n) WHERE NOT alone.is_full
@@ -69,7 +71,7 @@ ROOM: Final = f"""{ALONE}, together AS (
 )"""
 
 #: The same question without a lock, each row by itself.
-LOOK: Final = f"""{ALONE.replace("FOR NO KEY UPDATE OF b", "")}, full_ AS (
+LOOK: Final = f"""{_ALONE.format(lock="")}, full_ AS (
     SELECT n FROM alone WHERE is_full
 )"""
 
@@ -108,7 +110,7 @@ FULL: Final = """
 
 #: Charges budgets for {source} (account_id, use_case, dispatched_at, released, spent): reservations
 #: that ended and amounts that were booked. Whoever crosses a threshold says so, once a window.
-CHARGE: Final = f"""{_BUDGET}, due AS (
+CHARGE: Final = f"""{_BUDGET.format(source="{source}", lock=_LOCKED)}, due AS (
     SELECT b.id,
            coalesce(sum(s.released) FILTER (WHERE s.dispatched_at >= b.day_started_at), 0)::bigint
                AS day_released,
@@ -133,11 +135,17 @@ CHARGE: Final = f"""{_BUDGET}, due AS (
 )"""
 
 
+def tell(rows: Sequence[Any], told: Told) -> None:
+    """Have `told` hear of the budgets that are among the rows of a statement."""
+    if copies := [row.budget for row in rows if row.budget is not None]:
+        told(copies)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Full:
     """A budget has no room for a call."""
 
-    window: str
+    window: WindowName
     #: Null: the account's budget for all use cases.
     use_case: str | None
     limit_nano_usd: int
@@ -159,10 +167,9 @@ class Full:
 
     def __str__(self) -> str:
         """Say it to whoever waits for the job."""
-        word = {"day": "daily", "month": "monthly"}[self.window]
-        whose = f" for {self.use_case}" if self.use_case else ""
+        budget = name_budget(self.use_case, self.window)
         return (
-            f"the account's {word} budget{whose} of {dollars(self.limit_nano_usd)} is full: "
+            f"the account's {budget} of {dollars(self.limit_nano_usd)} is full: "
             f"{dollars(self.spent_nano_usd)} is spent, {dollars(self.held_nano_usd)} is held by "
             f"calls under way, and this one may cost {dollars(self.reserve_nano_usd)}; it resets "
             f"at {self.resets_at:%Y-%m-%d %H:%M} ({self.time_zone})"

@@ -173,8 +173,7 @@ async def settle_all(db: Database, settlements: Sequence[Settlement], told: Told
     items = [settlement | {"n": n} for n, settlement in enumerate(settlements)]
     rows = await db.execute(_SETTLE, items)
     failpoint("charged")
-    if copies := [row.budget for row in rows if row.budget is not None]:
-        told(copies)
+    ledger.tell(rows, told)
     by_n = {row.n: row for row in rows}
     return [_read(settlement, by_n[n]) for n, settlement in enumerate(settlements)]
 

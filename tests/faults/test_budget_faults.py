@@ -278,6 +278,39 @@ def test_a_reservation_that_is_repeated_while_it_is_made_is_made_once(
     assert audit.check_bill(rig, [before, job_id]) == []
 
 
+def _states(rig: Rig, job_ids: list[UUID]) -> list[list[str]]:
+    """Return the states of each job's attempts, in no order of jobs."""
+    return sorted([one.state for one in found] for found in rig.attempts(job_ids).values())
+
+
+def test_reservations_that_the_server_gets_after_all_others_hold_nothing(
+    rig: Rig, audit: Audit, account: str, proxy: FaultProxy
+) -> None:
+    """One of two jobs had no room then, waits for some, and there is enough by now."""
+    (before,) = rig.submit("voice", 1, account=account)
+    rig.await_over([before])
+    (attempt,) = rig.attempts([before])[before]
+    limit = attempt.booked + attempt.reserved_nano_usd
+    audit.set_budget(account, day=limit, month=limit)
+    rig.sandbox.settings(latency_ms=5000)
+    expected, first = proxy.lost, len(proxy.held)
+    proxy.hold(VALUES_OF["reserve"], 1000)
+    ids = rig.submit("voice", 2, account=account)
+    eventually(lambda: all(str(one).encode() in b"".join(proxy.held[first:]) for one in ids))
+    proxy.hold(VALUES_OF["reserve"], 0)
+    expected += len(proxy.held[first:])
+    eventually(lambda: _states(rig, ids) == [["dispatching"], ["void"]])
+    rig.sandbox.settings(latency_ms=1000)
+    audit.set_budget(account, day=LIMIT, month=LIMIT)
+    proxy.release()
+    eventually(partial(_have_been_lost, proxy, expected))
+    rig.await_over(ids)
+    assert rig.states(ids) == {"succeeded": 2}
+    audit.check_rest()
+    assert audit.check_bill(rig, [before, *ids]) == []
+    assert _states(rig, ids) == [["succeeded"], ["void", "succeeded"]]
+
+
 def test_a_task_that_is_revoked_while_it_reserves_holds_nothing(
     rig: Rig, audit: Audit, account: str
 ) -> None:

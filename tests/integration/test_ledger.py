@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import count
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -15,8 +18,10 @@ import pytest
 from sluicegate.shared.accounts import find_account, set_account
 from sluicegate.shared.admission.keys import budgets_key
 from sluicegate.shared.budgets import clear_budget
+from sluicegate.shared.ids import new_id
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.ledger import Full
+from sluicegate.workers.sweep.loops import Sweep
 from tests.books import Books
 from tests.polling import eventually_async
 
@@ -25,6 +30,23 @@ from tests.polling import eventually_async
 async def books(settings: Settings) -> AsyncIterator[Books]:
     async with Books(settings) as books:
         yield books
+
+
+#: As `Database.execute`.
+Step = Callable[..., Awaitable[Any]]
+
+
+async def _waiting(execute: Step, backends: int) -> None:
+    """Wait until so many of the server's processes wait for a lock."""
+
+    async def are_waiting() -> bool:
+        (row,) = await execute(
+            "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND datname = current_database()"
+        )
+        return bool(row.n == backends)
+
+    await eventually_async(are_waiting)
 
 
 def _state(books: Books, account: str = "acme", use_case: str | None = None) -> tuple[int, ...]:
@@ -288,33 +310,142 @@ async def test_a_dispatch_that_goes_on_after_its_connection_is_heard_of(
     zombies: list[asyncio.Task[object]] = []
     execute = books.db.execute
 
-    async def waiting(backends: int) -> None:
-        async def are_waiting() -> bool:
-            (row,) = await execute(
-                "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                " AND datname = current_database()"
-            )
-            return bool(row.n == backends)
-
-        await eventually_async(are_waiting)
-
     async def lossy(sql: str, *arguments: Any, **values: Any) -> Any:
         if not zombies:
             zombies.append(asyncio.ensure_future(execute(sql, *arguments, **values)))
-            await waiting(1)
+            await _waiting(execute, 1)
             raise psycopg.OperationalError("the connection is lost")
         return await execute(sql, *arguments, **values)
 
     monkeypatch.setattr(books.db, "execute", lossy)
-    with books.engine.connect() as line:
-        line.execution_options(isolation_level="READ COMMITTED")
-        with line.begin():
-            line.exec_driver_sql("SELECT FROM budgets FOR UPDATE")
-            opening = asyncio.ensure_future(books.open([attempt]))
-            await waiting(2)
-        assert await opening == [True]
+    with books.change() as line:
+        line.exec_driver_sql("SELECT FROM budgets FOR UPDATE")
+        opening = asyncio.ensure_future(books.open([attempt]))
+        await _waiting(execute, 2)
+    assert await opening == [True]
     await asyncio.gather(*zombies)
     assert _state(books) == (0, 60, 0, 60)
+
+
+class _Late:
+    """Statements' way to the server, on which the first one stays until it is begun by hand.
+
+    Its client hears that the connection is lost. `then` is what happens to each of those after it;
+    where there is no more of that, they go through.
+    """
+
+    def __init__(self, books: Books, monkeypatch: pytest.MonkeyPatch, *then: Step) -> None:
+        self.execute: Step = books.db.execute
+        self.then = list(then)
+        self._first: Callable[[], Awaitable[Any]] | None = None
+        monkeypatch.setattr(books.db, "execute", self._go)
+
+    async def begin(self) -> None:
+        assert self._first is not None
+        await self._first()
+
+    async def _go(self, sql: str, *arguments: Any, **values: Any) -> Any:
+        if self._first is None:
+            self._first = partial(self.execute, sql, *arguments, **values)
+            raise psycopg.OperationalError("the connection is lost")
+        step = self.then.pop(0) if self.then else self.execute
+        return await step(sql, *arguments, **values)
+
+
+async def _meets_a_conflict(*_: Any, **__: Any) -> Any:
+    raise psycopg.errors.DeadlockDetected("deadlock detected")
+
+
+async def _loses_its_connection(*_: Any, **__: Any) -> Any:
+    raise psycopg.OperationalError("the connection is lost")
+
+
+@pytest.mark.parametrize(
+    "then",
+    [(), (_meets_a_conflict,), (_loses_its_connection, _meets_a_conflict)],
+    ids=["answered", "conflict", "lost, conflict"],
+)
+async def test_a_dispatch_that_is_begun_after_its_repeat_was_answered_opens_nothing(
+    books: Books, monkeypatch: pytest.MonkeyPatch, then: tuple[Step, ...]
+) -> None:
+    account = books.account("acme")
+    books.set_budget("acme", day=300)
+    before = await books.wish(account, [220])
+    await books.open(before)
+    small, large = await books.wish(account, [40, 100])
+    late = _Late(books, monkeypatch, *then)
+    opened, full = await books.open([small, large])
+    assert opened is True
+    assert isinstance(full, Full)
+    await books.settle(before, None)
+    await late.begin()
+    assert _state(books) == (0, 40, 0, 40)
+    # The job goes on, with another attempt.
+    again = replace(large, attempt_id=new_id())
+    assert await books.open([again]) == [True]
+    await books.settle([small, again], 30)
+    assert _state(books) == (60, 0, 60, 0)
+    rows = await books.rows(
+        "SELECT a.id, a.state, a.ended_at IS NULL AS is_open, j.attempts_used"
+        " FROM attempts a JOIN jobs j ON j.id = a.job_id WHERE j.id = %(id)s ORDER BY a.id",
+        id=large.job_id,
+    )
+    assert rows == [
+        (large.attempt_id, "void", False, 1),
+        (again.attempt_id, "succeeded", False, 1),
+    ]
+
+
+async def test_a_dispatch_that_is_begun_before_it_is_closed_is_heard_of(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It commits after the statement that is to close it has begun."""
+    account = books.account("acme")
+    books.set_budget("acme", day=100)
+    await books.open(await books.wish(account, [60]))
+    (attempt,) = await books.wish(account, [60])
+
+    async def overtaken(sql: str, *arguments: Any, **values: Any) -> Any:
+        await late.execute("UPDATE budgets SET day_limit_nano_usd = 200")
+        with books.change() as line:
+            line.exec_driver_sql("SELECT FROM budgets FOR UPDATE")
+            first = asyncio.ensure_future(late.begin())
+            await _waiting(late.execute, 1)
+            closing = asyncio.ensure_future(late.execute(sql, *arguments, **values))
+            await _waiting(late.execute, 2)
+        await first
+        return await closing
+
+    late = _Late(books, monkeypatch, books.db.execute, overtaken)
+    assert await books.open([attempt]) == [True]
+    assert _state(books) == (0, 120, 0, 120)
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        "UPDATE jobs SET fence = fence + 1 WHERE id = %(id)s",
+        "DELETE FROM jobs WHERE id = %(id)s",
+    ],
+    ids=["another's", "deleted"],
+)
+async def test_a_dispatch_whose_job_is_lost_meanwhile_opens_nothing_late(
+    books: Books, monkeypatch: pytest.MonkeyPatch, lose: str
+) -> None:
+    account = books.account("acme")
+    books.set_budget("acme", day=100)
+    (attempt,) = await books.wish(account, [60])
+    late = _Late(books, monkeypatch)
+
+    async def repeated(sql: str, *arguments: Any, **values: Any) -> Any:
+        await late.execute(lose, id=attempt.job_id)
+        return await late.execute(sql, *arguments, **values)
+
+    late.then.append(repeated)
+    assert await books.open([attempt]) == [False]
+    await late.begin()
+    assert _state(books) == (0, 0, 0, 0)
+    assert not await books.rows("SELECT FROM attempts WHERE state <> 'void'")
 
 
 async def test_what_a_dead_worker_left_of_a_job_that_has_gone_on_is_booked(books: Books) -> None:
@@ -434,3 +565,31 @@ async def test_the_reconciler_repairs_whatever_redis_has(books: Books, settings:
         await books.redis.delete(budgets_key(settings.redis_prefix, key))
     await asyncio.gather(*(books.reconcile() for _ in range(5)))
     assert await books.copies.read(ids) == after
+
+
+async def test_a_sweep_is_woken_by_a_change_of_a_budget(books: Books) -> None:
+    """It looks every two minutes by itself."""
+    account = books.account("acme")
+    books.set_budget("acme", day=100)
+    given = {"sweep_interval_s": 120.0, "reconcile_interval_s": 120.0}
+    running = asyncio.create_task(Sweep(books.settings.model_copy(update=given)).run())
+    limits = count(101)
+
+    async def limit() -> int:
+        copies = (await books.copies.read([account])).values()
+        return max((int(copy["day_limit"]) for copy in copies), default=0)
+
+    async def looked() -> bool:
+        return await limit() == 100
+
+    async def woken() -> bool:
+        # Until it listens it hears of none.
+        await asyncio.to_thread(books.set_budget, "acme", day=next(limits))
+        return await limit() > 100
+
+    try:
+        await eventually_async(looked)
+        await eventually_async(woken)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sluicegate.shared.alerts import ALERT_CHANNEL
 from sluicegate.shared.bodies import Bodies
+from sluicegate.shared.budgets import BUDGET_CHANNEL
 from sluicegate.shared.celery_app import JobMessage, make_celery, publish
 from sluicegate.shared.database import (
     BY_SIZE,
@@ -72,10 +73,14 @@ class Sweep:
         #: What wakes a loop before its time, by the Postgres channel on which it is said.
         self._woken = {
             name: asyncio.Event()
-            for name in (STAGE_CHANNEL, OUTBOX_CHANNEL, GATE_CHANNEL, ALERT_CHANNEL)
+            for name in (
+                STAGE_CHANNEL,
+                OUTBOX_CHANNEL,
+                GATE_CHANNEL,
+                ALERT_CHANNEL,
+                BUDGET_CHANNEL,
+            )
         }
-        #: The same for copies of budgets, which wait beside those that are held back.
-        self._reconciling = asyncio.Event()
         #: What was told is posted, and who is done may post more.
         self._posting = asyncio.Event()
         self._replies = Replies(settings, self._redis)
@@ -153,7 +158,7 @@ class Sweep:
                     self._loop(
                         "reconcile",
                         self.reconcile,
-                        wake=self._reconciling,
+                        wake=self._woken[BUDGET_CHANNEL],
                         every_s=self._settings.reconcile_interval_s,
                     )
                 )
@@ -289,9 +294,6 @@ class Sweep:
                         await connection.execute(f"LISTEN {name}")
                     async for notice in connection.notifies():
                         self._woken[notice.channel].set()
-                        if notice.channel == GATE_CHANNEL:
-                            # A budget may have been set or cleared.
-                            self._reconciling.set()
             except (psycopg.Error, OSError) as error:
                 log.warning("sweep: not listening (%s)", type(error).__name__)
             await asyncio.sleep(self._settings.sweep_interval_s)

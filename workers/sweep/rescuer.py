@@ -133,8 +133,7 @@ async def resolve_lost(db: Database, replies: Replies, told: Told) -> list[JobMe
     messages: list[JobMessage] = []
     while True:
         found = await db.execute(_RESOLVE)
-        if copies := [row.budget for row in found if row.budget is not None]:
-            told(copies)
+        ledger.tell(found, told)
         rows = [row for row in found if row.budget is None]
         await tell(replies, [row for row in rows if row.state != "queued"])
         messages += single_messages([row for row in rows if row.state == "queued"])
