@@ -48,7 +48,7 @@ _JOBS: Final = f"""
 SELECT j.id, to_jsonb(j) - 'request_hash' AS job,
        (SELECT b.request::text FROM job_bodies b WHERE b.job_id = j.id) AS request,
        (SELECT r.body FROM results r WHERE r.job_id = j.id) AS body,
-       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.dispatched_at, a.id), '[]')
+       (SELECT coalesce(json_agg(a ORDER BY a.dispatched_at, a.id), '[]')
         FROM attempts a WHERE a.job_id = j.id) AS attempts,
        (SELECT coalesce(json_agg(c ORDER BY c.created_at, c.id), '[]')
         FROM cost_entries c

@@ -1,7 +1,7 @@
 """What was spent, on what, and what it saved: reports over the cost entries of some days.
 
-All figures are sums over the view `spend`, see docs/money.md. Percentiles come from counts in
-buckets 4 % wide, so that a million latencies need no sorting: they are right to 2 %.
+All figures are sums over the cost entries and the view `spend`, see docs/money.md. Percentiles come
+from counts in buckets 4 % wide, so that a million latencies need no sorting: they are right to 2 %.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from enum import StrEnum
 from itertools import accumulate
@@ -23,14 +23,13 @@ from sluicegate.producers.spend_forecast import Forecast, forecast
 from sluicegate.shared.accounts import Account, check_time_zone, find_account
 from sluicegate.shared.errors import InvalidJob, NotFound
 from sluicegate.shared.messages import Frozen
+from sluicegate.shared.tables import LATENCY_BUCKETS
 
 #: Days that one report may cover: ten years.
 MAX_DAYS: Final = 3660
 _FIRST_DAY, _LAST_DAY = date(1970, 1, 1), date(9998, 12, 31)
 #: How long one statement may take: an archive of years is read from end to end.
 _PATIENCE_S: Final = 300
-#: Latencies are counted in buckets this many of which are a factor of e: each is 4 % wide.
-_BUCKETS: Final = 25
 
 
 class By(StrEnum):
@@ -84,7 +83,7 @@ def latency(counts: Mapping[int, int]) -> Latency | None:
 
     def at(percent: int) -> int:
         wanted = -(-total * percent // 100)
-        return round(exp((ordered[bisect_left(reached, wanted)] + 0.5) / _BUCKETS))
+        return round(exp((ordered[bisect_left(reached, wanted)] + 0.5) / LATENCY_BUCKETS))
 
     return Latency(p50_ms=at(50), p95_ms=at(95), p99_ms=at(99))
 
@@ -218,9 +217,9 @@ def spend_report(
         period = period_of(first_day, last_day, today=today, time_zone=zone)
         is_month_so_far = period.is_month_so_far(today)
         account_id = owner.id if owner else None
-        scope = _Scope(connection, period, account_id, by_day=is_month_so_far)
+        scope = _Scope(connection, period, account_id)
         rows = scope.rows(wanted)
-        costs = scope.daily() if daily else []
+        costs = scope.daily() if daily or is_month_so_far else []
     return SpendReport(
         by=wanted,
         account=owner.name if owner else None,
@@ -229,10 +228,17 @@ def spend_report(
         last_day=period.last,
         rows=tuple(rows[:-1]),
         total=rows[-1],
-        daily=tuple(costs),
+        daily=tuple(costs) if daily else (),
         is_month_so_far=is_month_so_far,
-        forecast=forecast(scope.costs, today) if is_month_so_far else None,
+        forecast=forecast(_by_day(costs), today) if is_month_so_far else None,
     )
+
+
+def _by_day(costs: Iterable[DayCost]) -> Counter[date]:
+    days: Counter[date] = Counter()
+    for cost in costs:
+        days[cost.day] += cost.cost_nano_usd
+    return days
 
 
 def _by(name: By | str) -> By:
@@ -266,67 +272,69 @@ _STARTS: Final = """
 SELECT array_agg((%(first)s::date + n)::timestamp AT TIME ZONE %(zone)s ORDER BY n)
 FROM generate_series(0, %(days)s) AS n
 """
-
-
-def _bucket(column: str) -> str:
-    return (
-        f"CASE WHEN {column} > 0 THEN floor(ln({column}::float8) * {_BUCKETS})::int"
-        f" WHEN {column} <= 0 THEN 0 END"
-    )
-
-
-_SUMMED: Final = (
-    *("requests", "failures", "cost_nano_usd", "baseline_nano_usd"),
-    *("estimates", "estimated_nano_usd"),
+_TOKENS: Final = (
     *("input_tokens", "cache_read_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens"),
     *("output_tokens", "reasoning_tokens"),
 )
+_OF_ENTRIES: Final = ("requests", "cost_nano_usd", "baseline_nano_usd", *_TOKENS)
+_OF_REST: Final = ("requests", "failures", "estimates", "estimated_nano_usd")
 _WHERE: Final = "dispatched_at >= %(start)s AND dispatched_at < %(end)s"
 _DAY: Final = "width_bucket(dispatched_at, %(starts)s::timestamptz[])"
 _KEYS: Final = {By.ACCOUNT: "account_id", By.DAY: _DAY}
 
-# Nearly all rows are of these: what they have nothing of is not worth adding up a million times.
-_ENTRIES: Final = ("failures = 0 AND estimates = 0", ("requests", *_SUMMED[2:4], *_SUMMED[6:]))
-_OTHERS: Final = ("failures + estimates > 0", (*_SUMMED[:2], *_SUMMED[4:6]))
-_SUMS: Final = """
-SELECT {key} AS key, {day} AS day, {figures} FROM spend WHERE {where} AND {which} GROUP BY 1, 2
+# The entries themselves: the view that has the rest as well would cost half as much again.
+_ENTRIES: Final = f"""
+SELECT {{key}} AS key, duration_bucket AS bucket, count(*) AS calls,
+       count(*) FILTER (WHERE kind <> 'correction') AS requests,
+       sum(amount_nano_usd)::bigint AS cost_nano_usd,
+       sum(baseline_nano_usd)::bigint AS baseline_nano_usd,
+       {", ".join(f"sum({name})::bigint AS {name}" for name in _TOKENS)}
+FROM cost_entries WHERE {{where}} GROUP BY 1, 2
 """
-# The entries are gone through once, for both latencies together; an answer has no first token
-# without a duration.
-_LATENCIES: Final = f"""
-SELECT key, of_first_token, bucket, sum(calls)::bigint AS calls
-FROM (SELECT {{key}} AS key, {_bucket("duration_ms")} AS duration,
-             {_bucket("first_token_ms")} AS first_token, count(*) AS calls
-      FROM spend WHERE {{where}} AND duration_ms IS NOT NULL GROUP BY 1, 2, 3) AS counted,
-     LATERAL (VALUES (false, duration), (true, first_token)) AS latency(of_first_token, bucket)
-WHERE bucket IS NOT NULL GROUP BY 1, 2, 3
+_FIRST_TOKENS: Final = """
+SELECT {key} AS key, first_token_bucket AS bucket, count(*) AS calls
+FROM cost_entries WHERE {where} AND first_token_bucket IS NOT NULL GROUP BY 1, 2
+"""
+# Few of all, and found by indexes of their own.
+_REST: Final = f"""
+SELECT {{key}} AS key, {", ".join(f"sum({name})::bigint AS {name}" for name in _OF_REST)}
+FROM spend WHERE {{where}} AND failures + estimates > 0 GROUP BY 1
 """
 _DAILY: Final = f"""
-SELECT {_DAY} AS day, use_case, sum(cost_nano_usd)::bigint AS cost_nano_usd
-FROM spend WHERE {{where}} GROUP BY 1, 2 ORDER BY 1, 2
+SELECT {_DAY} AS day, use_case, sum(amount_nano_usd)::bigint AS cost_nano_usd
+FROM cost_entries WHERE {{where}} GROUP BY 1, 2 ORDER BY 1, 2
 """
 _NAMES: Final = "SELECT id, name FROM accounts WHERE id = ANY(%(ids)s)"
 
 
-def _latencies(counts: Sequence[Mapping[int, int]]) -> dict[str, Any]:
-    duration, first_token = counts or ({}, {})
-    return {"duration": latency(duration), "first_token": latency(first_token)}
+@dataclass(slots=True)
+class _Row:
+    """What is added up of one key: figures by name, calls by bucket."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+    durations: Counter[int] = field(default_factory=Counter)
+    first_tokens: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: _Row) -> None:
+        self.sums.update(other.sums)
+        self.durations.update(other.durations)
+        self.first_tokens.update(other.first_tokens)
+
+    def named(self, key: str) -> Spend:
+        return Spend(
+            key=key,
+            duration=latency(self.durations),
+            first_token=latency(self.first_tokens),
+            **self.sums,
+        )
 
 
 class _Scope:
-    """The entries of some days, of one account or of all.
+    """The entries of some days, of one account or of all."""
 
-    by_day: whether `costs` are wanted.
-    """
-
-    def __init__(
-        self, connection: Connection, period: Period, account_id: UUID | None, *, by_day: bool
-    ) -> None:
+    def __init__(self, connection: Connection, period: Period, account_id: UUID | None) -> None:
         self._connection = connection
         self._period = period
-        self._by_day = by_day
-        #: What each day cost, once the rows are there.
-        self.costs: Counter[date] = Counter()
         self._where = _WHERE if account_id is None else f"{_WHERE} AND account_id = %(account_id)s"
         limits = {"first": period.first, "zone": period.time_zone, "days": period.days}
         starts = connection.exec_driver_sql(_STARTS, limits).scalar_one()
@@ -339,20 +347,14 @@ class _Scope:
 
     def rows(self, by: By) -> list[Spend]:
         """Return the rows of a report and, last, their total."""
-        key = _KEYS.get(by, by.value)
-        sums = self._sums(key)
-        counts = self._counts(key)
-        names = self._names(by, sums)
-        rows = [
-            Spend(key=names[one], **_latencies(counts[one]), **figures)
-            for one, figures in sums.items()
-        ]
+        found = self._added_up(_KEYS.get(by, by.value))
+        names = self._names(by, found)
+        rows = [row.named(names[key]) for key, row in found.items()]
         rows.sort(key=lambda row: (0 if by is By.DAY else -row.cost_nano_usd, row.key))
-        whole: Counter[str] = Counter()
-        for figures in sums.values():
-            whole.update(figures)
-        every = [sum(column, Counter[int]()) for column in zip(*counts.values(), strict=True)]
-        return [*rows, Spend(key="all", **_latencies(every), **whole)]
+        whole = _Row()
+        for row in found.values():
+            whole.add(row)
+        return [*rows, whole.named("all")]
 
     def daily(self) -> list[DayCost]:
         """Return what each use case cost in each day."""
@@ -365,27 +367,17 @@ class _Scope:
             for row in self._ask(_DAILY)
         ]
 
-    def _sums(self, key: str) -> dict[Any, Counter[str]]:
-        """Add up what has no order, and what each day cost if that is wanted."""
-        sums: defaultdict[Any, Counter[str]] = defaultdict(Counter)
-        day = _DAY if self._by_day else "NULL::int"
-        for which, names in (_ENTRIES, _OTHERS):
-            figures = ", ".join(f"sum({name})::bigint AS {name}" for name in names)
-            for row in self._ask(_SUMS, key=key, day=day, figures=figures, which=which):
-                for name in names:
-                    sums[row.key][name] += getattr(row, name)
-                if row.day is not None and "cost_nano_usd" in names:
-                    self.costs[self._period.day(row.day - 1)] += row.cost_nano_usd
-        return sums
-
-    def _counts(self, key: str) -> defaultdict[Any, tuple[Counter[int], Counter[int]]]:
-        """Count durations and first tokens by bucket."""
-        counts: defaultdict[Any, tuple[Counter[int], Counter[int]]] = defaultdict(
-            lambda: (Counter(), Counter())
-        )
-        for row in self._ask(_LATENCIES, key=key):
-            counts[row.key][row.of_first_token][row.bucket] = row.calls
-        return counts
+    def _added_up(self, key: str) -> dict[Any, _Row]:
+        found: defaultdict[Any, _Row] = defaultdict(_Row)
+        for row in self._ask(_ENTRIES, key=key):
+            found[row.key].sums.update({name: getattr(row, name) for name in _OF_ENTRIES})
+            if row.bucket is not None:
+                found[row.key].durations[row.bucket] = row.calls
+        for row in self._ask(_FIRST_TOKENS, key=key):
+            found[row.key].first_tokens[row.bucket] = row.calls
+        for row in self._ask(_REST, key=key):
+            found[row.key].sums.update({name: getattr(row, name) for name in _OF_REST})
+        return found
 
     def _names(self, by: By, keys: Iterable[Any]) -> dict[Any, str]:
         if by is By.DAY:

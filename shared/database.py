@@ -16,7 +16,7 @@ from sluicegate.shared.errors import InvalidJob, QueueUnavailable, SchemaOutdate
 from sluicegate.shared.settings import Settings
 
 #: The migration this version of the code was written for.
-SCHEMA_REVISION = "0005"
+SCHEMA_REVISION = "0006"
 
 #: What a lost server, or a pool that waits for one, raises.
 CONNECTION_ERRORS = (

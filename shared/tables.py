@@ -11,6 +11,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Computed,
     ForeignKey,
     Identity,
     Index,
@@ -482,6 +483,8 @@ attempts = Table(
     Column("error_message", Text),
     Column("status", SmallInteger),
     Column("request_id", Text),
+    #: What the provider said of its tokens, as it said it.
+    Column("raw_usage", JSON),
     _one_of(
         "state",
         "dispatching",
@@ -513,6 +516,13 @@ attempts = Table(
     ),
 )
 
+#: Latencies are counted in buckets this many of which are a factor of e: each is 4 % wide.
+LATENCY_BUCKETS = 25
+_BUCKET = (
+    f"CASE WHEN {{0}} > 0 THEN floor(ln({{0}}::float8) * {LATENCY_BUCKETS})::smallint"
+    " WHEN {0} <= 0 THEN 0 END"
+)
+
 cost_entries = Table(
     "cost_entries",
     metadata,
@@ -533,7 +543,6 @@ cost_entries = Table(
     Column("cache_write_1h_tokens", BigInteger, nullable=False, server_default="0"),
     Column("output_tokens", BigInteger, nullable=False, server_default="0"),
     Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
-    Column("raw_usage", JSON),
     Column("price_version", Text, nullable=False),
     #: Of the answer, where there was one: reports read them for every entry.
     Column("first_token_ms", Integer),
@@ -541,6 +550,10 @@ cost_entries = Table(
     #: Of the attempt: whenever an entry is made, it belongs to the windows of its call.
     Column("dispatched_at", _TIME, nullable=False),
     Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    *(
+        Column(f"{latency}_bucket", SmallInteger, Computed(_BUCKET.format(f"{latency}_ms"), True))
+        for latency in ("duration", "first_token")
+    ),
     _one_of("kind", "actual", "estimate", "correction"),
     # At most one first entry an attempt, and at most one correction.
     Index(

@@ -22,12 +22,6 @@ PROVIDERS = (
 )
 _SPAN_US = DAYS * 86_400_000_000
 
-_RAW_USAGE = (
-    '{"prompt_tokens": 1234, "completion_tokens": 345, "total_tokens": 1579,'
-    ' "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0, "cache_write_tokens": 0},'
-    ' "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0}}'
-)
-
 # One in 100 is an estimate, one in 400 is corrected; besides, one attempt in 50 is refused and has
 # no entry, and one in 50 is in the table of attempts as one that answered. One in four is streamed.
 _NUMBERED = f"""
@@ -50,7 +44,7 @@ _ENTRY = """
 INSERT INTO cost_entries (
     attempt_id, job_id, account_id, use_case, provider_id, provider, model, kind, amount_nano_usd,
     baseline_nano_usd, input_tokens, cache_read_tokens, cache_write_5m_tokens,
-    cache_write_1h_tokens, output_tokens, reasoning_tokens, raw_usage, price_version,
+    cache_write_1h_tokens, output_tokens, reasoning_tokens, price_version,
     first_token_ms, duration_ms, dispatched_at, created_at)
 """
 
@@ -61,7 +55,7 @@ SELECT attempt_id, job_id, account_id, use_case, provider_id, provider, model,
        CASE WHEN is_estimate THEN 'estimate' ELSE 'actual' END,
        1000000 + n %% 977 * 13, 3000000 + n %% 7,
        t * (200 + n %% 811), t * (n %% 4 * 55), t * (n %% 9), t * (n %% 2), t * (100 + n %% 301),
-       t * (n %% 40), CASE WHEN t = 1 THEN %(raw_usage)s::json END, 'genai-prices 0.2.3',
+       t * (n %% 40), 'genai-prices 0.2.3',
        CASE WHEN t = 1 AND n %% 4 = 1 THEN 100 + n * 104729 %% 3001 END,
        CASE WHEN t = 1 THEN 300 + n * 7919 %% 20011 END, dispatched_at, dispatched_at
 FROM (SELECT *, CASE WHEN is_estimate THEN 0 ELSE 1 END AS t FROM numbered) AS numbered
@@ -72,7 +66,7 @@ _CORRECTIONS = f"""
 {_NUMBERED}
 {_ENTRY}
 SELECT attempt_id, job_id, account_id, use_case, provider_id, provider, model, 'correction',
-       -400000, -1000000, 70, 0, 0, 0, 30, 0, %(raw_usage)s::json, 'genai-prices 0.2.3',
+       -400000, -1000000, 70, 0, 0, 0, 30, 0, 'genai-prices 0.2.3',
        NULL, 60000, dispatched_at, dispatched_at
 FROM numbered WHERE is_corrected
 """
@@ -116,7 +110,6 @@ def fill(connection: Connection, entries: int) -> None:
         "use_cases": list(USE_CASES),
         "providers": [provider for provider, _ in PROVIDERS],
         "models": [model for _, model in PROVIDERS],
-        "raw_usage": _RAW_USAGE,
     }
     for statement in (_FIRST, _CORRECTIONS, _ATTEMPTS):
         connection.exec_driver_sql(statement, values)

@@ -55,7 +55,8 @@ WITH wanted AS (
         -- What has been purged or erased does not come back by what is heard late.
         error_message = CASE WHEN NOT job.purged THEN wanted.error_message END,
         status = wanted.status, request_id = CASE WHEN NOT job.purged THEN wanted.request_id END,
-        first_token_ms = wanted.first_token_ms, duration_ms = wanted.duration_ms
+        first_token_ms = wanted.first_token_ms, duration_ms = wanted.duration_ms,
+        raw_usage = wanted.raw_usage
     FROM attempt JOIN wanted USING (n) JOIN job USING (n)
     WHERE a.id = attempt.id
     RETURNING wanted.n, a.id, attempt.was, a.account_id, a.use_case, a.provider_id, a.provider,
@@ -68,7 +69,7 @@ WITH wanted AS (
         attempt_id, job_id, account_id, use_case, provider_id, provider, model, kind,
         amount_nano_usd, baseline_nano_usd, input_tokens, cache_read_tokens,
         cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens,
-        raw_usage, price_version, dispatched_at, first_token_ms, duration_ms)
+        price_version, dispatched_at, first_token_ms, duration_ms)
     SELECT ended.id, w.job_id, ended.account_id, ended.use_case, ended.provider_id,
            ended.provider, ended.model,
            CASE ended.was WHEN 'unknown' THEN 'correction' ELSE w.kind END,
@@ -77,8 +78,7 @@ WITH wanted AS (
            coalesce(w.input_tokens, 0), coalesce(w.cache_read_tokens, 0),
            coalesce(w.cache_write_5m_tokens, 0), coalesce(w.cache_write_1h_tokens, 0),
            coalesce(w.output_tokens, 0), coalesce(w.reasoning_tokens, 0),
-           w.raw_usage, coalesce(w.price_version, 'none'), ended.dispatched_at,
-           w.first_token_ms, w.duration_ms
+           coalesce(w.price_version, 'none'), ended.dispatched_at, w.first_token_ms, w.duration_ms
     FROM ended JOIN wanted w USING (n)
     WHERE w.kind IS NOT NULL OR ended.was = 'unknown'
     RETURNING attempt_id, amount_nano_usd

@@ -89,15 +89,15 @@ def _accounts(engine: Engine, rows: Callable[..., list[Any]]) -> None:
 _ATTEMPT = """
 WITH attempt AS (
     INSERT INTO attempts (id, job_id, fence, number, worker_id, account_id, use_case, provider_id,
-        provider, model, state, reserved_nano_usd, baseline_reserved_nano_usd)
+        provider, model, state, reserved_nano_usd, baseline_reserved_nano_usd, raw_usage)
     SELECT gen_random_uuid(), j.id, 1, 1, j.id, j.account_id, j.use_case, j.id, 'p', 'm',
-           'succeeded', 5, 5
+           'succeeded', 5, 5, '{"prompt_tokens": 3}'
     FROM jobs j WHERE j.id = %(job)s RETURNING *
 )
 INSERT INTO cost_entries (attempt_id, job_id, account_id, use_case, provider_id, provider, model,
-    kind, amount_nano_usd, baseline_nano_usd, price_version, dispatched_at, raw_usage)
+    kind, amount_nano_usd, baseline_nano_usd, price_version, dispatched_at)
 SELECT id, job_id, account_id, use_case, provider_id, provider, model, 'actual', 1234567890123, 5,
-       'v', dispatched_at, '{"prompt_tokens": 3}' FROM attempt
+       'v', dispatched_at FROM attempt
 """
 
 
@@ -132,9 +132,9 @@ def test_all_of_it_and_nobody_elses(
     assert first["request"]["messages"][0]["content"][0]["text"] == "Grüße an Zoë"
     assert first["request"]["metadata"] == {"lead": "7"}
     assert first["result"]["text"] == "Sehr gern"
-    assert [one["model"] for one in first["attempts"]] == ["m"]
-    (entry,) = first["cost_entries"]
-    assert (entry["amount_nano_usd"], entry["raw_usage"]) == (1234567890123, {"prompt_tokens": 3})
+    (attempt,) = first["attempts"]
+    assert (attempt["model"], attempt["raw_usage"]) == ("m", {"prompt_tokens": 3})
+    assert [one["amount_nano_usd"] for one in first["cost_entries"]] == [1234567890123]
     assert (second["id"], second["result"], second["attempts"]) == (str(waiting.id), None, [])
     assert third["batch_id"] == str(batch.id)
 

@@ -466,6 +466,49 @@ def test_rows_of_an_operator_survive_the_seed_and_its_removal(settings: Settings
     migrations.upgrade(settings)
 
 
+def test_the_usage_of_an_entry_moves_to_its_attempt_and_back(settings: Settings) -> None:
+    migrations.downgrade(settings, "0005")
+    usages = (("actual", '{"whole": 1}'), ("estimate", None), ("correction", '{"late": 2}'))
+    with connected(settings) as connection:
+        for number, state in ((1, "succeeded"), (2, "corrected")):
+            connection.execute(
+                text(
+                    "WITH job AS (INSERT INTO jobs (id, account_id, use_case, lane, queue, state,"
+                    " max_attempts, deadline_at, request_hash) VALUES (gen_random_uuid(), :account,"
+                    " 'draft', 'bulk', 'q', 'succeeded', 1, now(), '') RETURNING id)"
+                    " INSERT INTO attempts (id, job_id, fence, number, worker_id, account_id,"
+                    " use_case, provider_id, provider, model, state, reserved_nano_usd,"
+                    " baseline_reserved_nano_usd) SELECT gen_random_uuid(), id, 1, :number, id,"
+                    " :account, 'draft', id, 'p', 'm', :state, 5, 5 FROM job"
+                ),
+                {"account": SEEDED_ACCOUNT, "number": number, "state": state},
+            )
+        for kind, usage in usages:
+            connection.execute(
+                text(
+                    "INSERT INTO cost_entries (attempt_id, job_id, account_id, use_case,"
+                    " provider_id, provider, model, kind, amount_nano_usd, baseline_nano_usd,"
+                    " price_version, dispatched_at, raw_usage, duration_ms) SELECT id, job_id,"
+                    " account_id, use_case, provider_id, provider, model, :kind, 1, 1, 'v',"
+                    " dispatched_at, CAST(:usage AS json), 1000 FROM attempts"
+                    " WHERE number = CASE :kind WHEN 'actual' THEN 1 ELSE 2 END"
+                ),
+                {"kind": kind, "usage": usage},
+            )
+    migrations.upgrade(settings)
+    with connected(settings) as connection:
+        moved = connection.execute(text("SELECT number, raw_usage FROM attempts ORDER BY number"))
+        assert [tuple(row) for row in moved] == [(1, {"whole": 1}), (2, {"late": 2})]
+        # 25 buckets are a factor of e: 1,000 ms is e to the power of 6.9.
+        buckets = connection.scalars(text("SELECT DISTINCT duration_bucket FROM cost_entries"))
+        assert list(buckets) == [172]
+    migrations.downgrade(settings, "0005")
+    with connected(settings) as connection:
+        back = connection.execute(text("SELECT kind, raw_usage::text FROM cost_entries"))
+        assert sorted(tuple(row) for row in back) == sorted(usages)
+    migrations.upgrade(settings)
+
+
 # In a wheel
 
 
