@@ -37,7 +37,8 @@ from sluicegate.workers.local.processes import end, spawn
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.servers import EmbeddedPostgres, EmbeddedValkey
 from tests.command_line import Command, Outcome
-from tests.databases import Databases
+from tests.databases import Databases, Rows
+from tests.https_server import Certificate, make_certificate
 
 pytest.register_assert_rewrite("tests.harness")
 
@@ -47,6 +48,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _DEVELOPERS_OWN = ("SLUICE_", "OPENAI_", "ANTHROPIC_")
 _FOR_TESTS = "SLUICE_TEST_"
+
+#: Test files that take ten seconds and more, the longest first. They are begun before the others,
+#: which `./dev test` hands out in their order: no process is left alone with one at the end.
+_LONG = """
+integration/test_bench_smoke integration/test_sealed_bodies integration/test_pool
+integration/test_replies integration/test_bulk integration/test_erasing
+integration/test_catalogue_commands integration/test_adapters integration/test_client_fork
+integration/test_migrations integration/test_servers integration/test_producer_cli
+integration/test_client integration/test_reply_channels integration/test_steering
+integration/test_gate_limits
+
+faults/test_held_back acceptance/test_refused_starts faults/test_dead_workers acceptance/test_demo
+faults/test_gates acceptance/test_contract faults/test_servers_lost acceptance/test_examples
+faults/test_budget_faults acceptance/test_refusals acceptance/test_every_job_once
+acceptance/test_failover acceptance/test_rotation acceptance/test_event_loop faults/test_budgets
+acceptance/test_cost_table faults/test_ledger_states acceptance/test_help_examples
+acceptance/test_bulk acceptance/test_flower acceptance/test_new_use_case acceptance/test_budgets
+faults/test_alerts faults/test_budget_locks
+"""
 
 # The same examples in every run: a failure is found by the one who caused it.
 hypothesis_settings.register_profile("quick", derandomize=True, deadline=None, database=None)
@@ -64,6 +84,12 @@ def pytest_configure() -> None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     hypothesis_settings.load_profile("full" if os.environ.get("SLUICE_TEST_FULL") else "quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long; the others stay as they are shuffled."""
+    places = {name: place for place, name in enumerate(_LONG.split())}
+    items.sort(key=lambda one: places.get(f"{one.path.parent.name}/{one.path.stem}", len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +226,18 @@ def engine(settings: Settings) -> Iterator[Engine]:
 
 
 @pytest.fixture
+def rows(engine: Engine) -> Rows:
+    """Return a function that runs a statement and returns its rows, if it has any."""
+
+    def run(statement: str, **values: Any) -> list[Any]:
+        with engine.connect() as connection:
+            result = connection.exec_driver_sql(statement, values)
+            return list(result.all()) if result.returns_rows else []
+
+    return run
+
+
+@pytest.fixture
 async def async_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """Return an asyncio engine for the test's database."""
     engine = make_async_engine(settings, application_name="test")
@@ -219,6 +257,12 @@ async def async_redis(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
     """Return an asyncio client of the test's Redis; keys need `settings.redis_prefix`."""
     async with redis.asyncio.Redis.from_url(settings.redis_dsn) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """Return the certificate of `tests.https_server`; its authority is not trusted."""
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ of that. A database that a test has changed otherwise than by rows is thrown awa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,9 @@ from uuid import uuid4
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+
+#: Runs a statement, with values by name, and returns its rows: the fixture `rows`.
+Rows = Callable[..., list[Any]]
 
 _OURS = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 #: What rows do not change.

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -293,17 +294,17 @@ class Execution:
             reserved_nano_usd=plan.reserved_nano_usd,
             baseline_reserved_nano_usd=plan.baseline_reserved_nano_usd,
         )
-        returned = reports.returned(job, plan)
+        returned = partial(reports.returned, job, plan)
         with parts.gates.giving_back(returned):
             opened = await self._open(job, attempt)
         if opened is not True:
-            parts.gates.report(returned)
+            parts.gates.report(returned())
             # Without an attempt it is another's by now.
             return self._over_budget(job, opened, holding) if opened else None
         failpoint("dispatched")
         if not parts.heartbeat.valid:
             # The statement took so long that this worker may have been declared dead meanwhile.
-            parts.gates.report(returned)
+            parts.gates.report(returned())
             return await self._end(job, outcomes.released(job, attempt))
         try:
             return await self._call(job, plan, attempt, holding)
@@ -337,12 +338,12 @@ class Execution:
         self, job: Job, plan: Plan, attempt: Attempt, holding: Holding
     ) -> Job | Again | None:
         parts, channel = self._parts, holding.channel
-        returned = reports.returned(job, plan)
+        returned = partial(reports.returned, job, plan)
         if job.lane is Lane.INTERACTIVE:
             with parts.gates.giving_back(returned):
                 await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
         if job.id in self._unwanted:
-            parts.gates.report(returned)
+            parts.gates.report(returned())
             return await self._end(job, outcomes.released(job, attempt))
         try:
             answer = await parts.caller.call(job, plan, channel)

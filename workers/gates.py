@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from uuid import UUID
 
@@ -68,12 +68,12 @@ class Gates:
         return verdict
 
     @contextmanager
-    def giving_back(self, returned: Report) -> Iterator[None]:
-        """Give an admission back if its call does not come to leave."""
+    def giving_back(self, returned: Callable[[], Report]) -> Iterator[None]:
+        """Give an admission back if its call does not come to leave; `returned` says so."""
         try:
             yield
         except BaseException:
-            self.report(returned)
+            self.report(returned())
             raise
 
     async def report_now(self, report: Report) -> None:

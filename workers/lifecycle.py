@@ -107,6 +107,9 @@ class Worker:
 
     async def start(self) -> None:
         """Connect, check the schema, enter the worker's row; raises a clear error."""
+        # Thousands of calls in flight are no garbage, nor are the thousands of modules to come: at
+        # Python's own thresholds a third of the CPU goes into looking for some.
+        gc.set_threshold(*_GC_THRESHOLDS)
         settings = self._settings
         self._keyring = Keyring.of(settings)
         bodies = Bodies.of(settings)
@@ -209,11 +212,9 @@ class Worker:
         )
         self._warm_up(await catalogue.get(self._engine, self._redis))
         # What is loaded by now stays: looking at it in every full collection of garbage would hold
-        # up the loop for 0.15 s each time. And thousands of calls in flight are no garbage: at
-        # Python's own thresholds a third of the CPU goes into looking for some.
+        # up the loop for 0.15 s each time.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(*_GC_THRESHOLDS)
         await self._heartbeat.start()
         self._gates.start()
         self._started = True

@@ -198,8 +198,13 @@ class Placement:
                 and (other.provider == pool or await self._serves(job, other))
             ]
             # Whatever can fail or wait comes before the gates are asked: what they admit is used.
-            ask = self._ask(job, needs, catalogue, provider)
-            plan = self._plan(job, needs, catalogue, ask, left=left, refusals=refusals)
+            max_tokens = _max_tokens(job, needs, catalogue, provider)
+            reserve = provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens)
+            cost = reserve if job.asks_budget else None
+            ask = self._ask(job, needs, provider, max_tokens, cost_nano_usd=cost)
+            plan = self._plan(
+                needs, catalogue, ask, max_tokens, reserve, left=left, refusals=refusals
+            )
             verdict = await self._patiently(job, ask, catalogue, read)
             if verdict.reason is None:
                 return replace(plan, verdict=verdict)
@@ -240,7 +245,8 @@ class Placement:
         if not await self._serves(job, provider):
             why = f"no worker serves {_queue_of(job, provider)}"
             return _Refusal(provider, why, _UNSERVED_S[job.lane], is_served=False)
-        ask = self._ask(job, needs, catalogue, provider, take=False)
+        max_tokens = _max_tokens(job, needs, catalogue, provider)
+        ask = self._ask(job, needs, provider, max_tokens, take=False)
         verdict = await self._gates.admit(ask)
         return None if verdict.reason is None else self._refusal(job, ask, verdict)
 
@@ -323,13 +329,12 @@ class Placement:
         self,
         job: Job,
         needs: Needs,
-        catalogue: Catalogue,
         provider: Provider,
+        max_tokens: int,
         *,
+        cost_nano_usd: int | None = None,
         take: bool = True,
     ) -> Ask:
-        max_tokens = _max_tokens(job, needs, catalogue, provider)
-        asks_budget = take and job.asks_budget
         return Ask(
             attempt_id=new_id(),
             provider=provider,
@@ -341,11 +346,7 @@ class Placement:
                 has_attachments="vision" in needs.capabilities,
             ),
             output_tokens=self._estimates.output_tokens(provider.model, job.use_case, max_tokens),
-            cost_nano_usd=(
-                provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens)
-                if asks_budget
-                else None
-            ),
+            cost_nano_usd=cost_nano_usd,
             use_case=job.use_case,
             is_retry=provider.id in job.tried,
             take=take,
@@ -353,20 +354,19 @@ class Placement:
 
     def _plan(
         self,
-        job: Job,
         needs: Needs,
         catalogue: Catalogue,
         ask: Ask,
+        max_tokens: int,
+        reserved_nano_usd: int,
         *,
         left: Sequence[Provider],
         refusals: Sequence[_Refusal],
     ) -> Plan:
-        provider = ask.provider
-        max_tokens = _max_tokens(job, needs, catalogue, provider)
         model = self._settings.baseline_model
         baseline = price_card(baseline_provider(model), model)
         return Plan(
-            provider=provider,
+            provider=ask.provider,
             catalogue=catalogue,
             attempt_id=ask.attempt_id,
             verdict=UNASKED,
@@ -374,7 +374,7 @@ class Placement:
             output_tokens=ask.output_tokens,
             prompt_tokens=needs.prompt_tokens,
             input_tokens=ask.input_tokens,
-            reserved_nano_usd=provider.card.reserve_nano_usd(needs.prompt_tokens, max_tokens),
+            reserved_nano_usd=reserved_nano_usd,
             baseline_reserved_nano_usd=baseline.reserve_nano_usd(needs.prompt_tokens, max_tokens),
             left=tuple(left),
             later=tuple(

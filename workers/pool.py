@@ -42,6 +42,7 @@ from celery.concurrency import get_implementation
 from celery.concurrency.base import BasePool
 from celery.exceptions import Reject
 from celery.platforms import EX_FAILURE
+from celery.signals import worker_shutting_down
 from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.common import QoS
@@ -183,6 +184,8 @@ class TaskPool(BasePool):
     def on_start(self) -> None:
         """Start the loop and the publisher, and run the start hooks."""
         self._inbox.open()
+        # The hub sees that it is to stop at its next turn, which may be a second away.
+        worker_shutting_down.connect(self._wake)
         self._thread.start()
         self.publisher.start(self._thread.loop)
         try:
@@ -295,6 +298,9 @@ class TaskPool(BasePool):
         }
 
     # Shutting down, on the hub's thread.
+
+    def _wake(self, **_: Any) -> None:
+        self._inbox.wake()
 
     def _shut_down(self, *, grace_s: float) -> None:
         if self._draining:

@@ -17,7 +17,7 @@ from sluicegate.shared.settings import Settings
 from sluicegate.shared.webhooks import Webhook, set_webhook
 from tests.alert_books import Books
 from tests.harness import Service, environment_of
-from tests.https_server import Certificate, Receiver, make_certificate, receiving
+from tests.https_server import Certificate, Receiver, receiving
 from tests.polling import eventually
 
 
@@ -35,11 +35,6 @@ def settings(settings: Settings) -> Settings:
 @pytest.fixture
 def books(settings: Settings, engine: Engine, redis_client: redis.Redis) -> Books:
     return Books(settings, engine, redis_client)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture

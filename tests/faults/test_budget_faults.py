@@ -14,8 +14,6 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url
 
-from sluicegate.shared import migrations
-from sluicegate.shared.settings import Settings
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.servers import LocalServers
 from tests.audit import Audit, Difference
@@ -37,15 +35,6 @@ RESERVING = (
 LIMIT = 10**9
 
 pytestmark = pytest.mark.timeout(400 if FULL else 120)
-
-
-@pytest.fixture(scope="module")
-def servers(server_folder: Path) -> Iterator[LocalServers]:
-    """Return servers that may be stopped: the other tests' go on."""
-    with LocalServers(server_folder / "budgets", fsync=False) as servers:
-        given = Settings(_env_file=None, database_url=servers.database_url)
-        migrations.upgrade(given)
-        yield servers
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +81,6 @@ def proxy(module_rig: Rig) -> Iterator[FaultProxy]:
         yield proxy
         assert worker.ended() is None, worker.log
         worker.kill()
-
-
-@pytest.fixture
-def audit(rig: Rig) -> Iterator[Audit]:
-    with Audit(rig.settings) as audit:
-        yield audit
 
 
 @pytest.fixture

@@ -77,12 +77,6 @@ def rig(module_rig: Rig, sandbox: SandboxControl, _fleet: None) -> Iterator[Rig]
 
 
 @pytest.fixture
-def audit(rig: Rig) -> Iterator[Audit]:
-    with Audit(rig.settings) as audit:
-        yield audit
-
-
-@pytest.fixture
 def account(audit: Audit, request: pytest.FixtureRequest) -> str:
     """Return the name of an account of the test's own."""
     name: str = "".join(c if c.isalnum() else "-" for c in request.node.name)

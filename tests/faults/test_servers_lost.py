@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from uuid import UUID
 
 import pytest
 
-from sluicegate.shared import migrations
-from sluicegate.shared.settings import Settings
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from sluicegate.workers.local.servers import LocalServers
 from tests.harness import FULL, Rig, open_rig
@@ -21,15 +18,6 @@ JOBS = 100 if FULL else 30
 OUTAGE_S = 90.0 if FULL else 10.0
 
 pytestmark = pytest.mark.timeout(400 if FULL else 150)
-
-
-@pytest.fixture(scope="module")
-def servers(server_folder: Path) -> Iterator[LocalServers]:
-    """Return servers that may be stopped: the other tests' go on."""
-    with LocalServers(server_folder / "lost", fsync=False) as servers:
-        given = Settings(_env_file=None, database_url=servers.database_url)
-        migrations.upgrade(given)
-        yield servers
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import Engine
 
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.sweep.loops import Sweep
+from tests.databases import Rows
 
 JOBS = 700
 
@@ -34,8 +34,6 @@ SELECT gen_random_uuid(), id, fence, 1, worker_id, account_id, use_case, gen_ran
 FROM jobs
 """
 
-Rows = Callable[..., list[Any]]
-
 
 @pytest.fixture
 async def sweeps(settings: Settings) -> AsyncIterator[tuple[Sweep, Sweep]]:
@@ -43,16 +41,6 @@ async def sweeps(settings: Settings) -> AsyncIterator[tuple[Sweep, Sweep]]:
     yield both
     for sweep in both:
         await sweep.close()
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return run
 
 
 def _published(settings: Settings, client: redis.Redis) -> list[str]:

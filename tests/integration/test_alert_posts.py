@@ -9,7 +9,7 @@ import hmac
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -26,25 +26,13 @@ from sluicegate.workers.sweep.poster import Poster, Terms
 from sluicegate.workers.webhook import WebhookClient
 from tests.alert_books import Books
 from tests.harness import FULL
-from tests.https_server import Certificate, Receiver, make_certificate, receiving, status
+from tests.https_server import Receiver, status
 from tests.polling import eventually_async
 
 SECRET = Secret("what only acme and we know")
 KEYRING = Keyring([new_key()])
 #: Quick, and not given up while a test runs.
 QUICK = Terms(deadline_s=20, retry_s=0.01, give_up_s=3600)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("certificate"))
-
-
-@pytest.fixture
-def receiver(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.authority))
-    with receiving(certificate) as running:
-        yield running
 
 
 class Desk(Books):

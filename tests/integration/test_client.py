@@ -30,6 +30,7 @@ from sluicegate.shared.errors import (
 from sluicegate.shared.jobs import State
 from sluicegate.shared.queues import STAGE_CHANNEL
 from sluicegate.shared.settings import Settings
+from tests.databases import Rows
 from tests.polling import eventually
 from tests.stand_in import StandIn
 
@@ -77,15 +78,6 @@ def client(make_client: Callable[[Settings], Client], settings: Settings) -> Cli
 
 
 @pytest.fixture
-def rows(engine: Engine) -> Callable[..., list[Any]]:
-    def read(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            return list(connection.exec_driver_sql(statement, values).all())
-
-    return read
-
-
-@pytest.fixture
 def messages(redis_client: redis.Redis, settings: Settings) -> Callable[[str], list[Any]]:
     def waiting(queue: str) -> list[Any]:
         found: Any = redis_client.lrange(settings.redis_prefix + queue, 0, -1)
@@ -95,7 +87,7 @@ def messages(redis_client: redis.Redis, settings: Settings) -> Callable[[str], l
 
 
 def test_an_interactive_job_is_stored_and_published(
-    client: Client, rows: Callable[..., list[Any]], messages: Callable[[str], list[Any]]
+    client: Client, rows: Rows, messages: Callable[[str], list[Any]]
 ) -> None:
     job_id = client.submit(
         "draft", "hello", system="Be brief.", request_id="r-7", metadata={"lead": "4711"}
@@ -116,7 +108,7 @@ def test_an_interactive_job_is_stored_and_published(
 def test_bulk_jobs_wait_in_postgres_and_the_sweep_is_told(
     client: Client,
     settings: Settings,
-    rows: Callable[..., list[Any]],
+    rows: Rows,
     messages: Callable[[str], list[Any]],
 ) -> None:
     plain = settings.database_dsn.replace("postgresql+psycopg", "postgresql")
@@ -131,7 +123,7 @@ def test_bulk_jobs_wait_in_postgres_and_the_sweep_is_told(
 
 
 def test_many_jobs_are_stored_and_published_in_order(
-    client: Client, rows: Callable[..., list[Any]], messages: Callable[[str], list[Any]]
+    client: Client, rows: Rows, messages: Callable[[str], list[Any]]
 ) -> None:
     ids = client.submit_many("draft", (f"note {n}" for n in range(1201)))
     assert [row.id for row in rows("SELECT id FROM jobs ORDER BY id")] == ids
@@ -159,7 +151,7 @@ def test_no_jobs_are_no_work(client: Client) -> None:
 )
 def test_bad_input_is_refused_before_anything_is_stored(
     client: Client,
-    rows: Callable[..., list[Any]],
+    rows: Rows,
     field: str,
     arguments: tuple[Any, Any],
     options: dict[str, Any],
@@ -176,7 +168,7 @@ def test_bad_input_is_refused_before_anything_is_stored(
 
 
 def test_an_account_may_be_named_or_given_by_id_and_must_be_active(
-    client: Client, engine: Engine, rows: Callable[..., list[Any]]
+    client: Client, engine: Engine, rows: Rows
 ) -> None:
     with engine.connect() as connection:
         acme = accounts.add_account(connection, "acme")
@@ -190,7 +182,7 @@ def test_an_account_may_be_named_or_given_by_id_and_must_be_active(
 
 
 def test_an_idempotency_key_gives_the_same_job_or_a_conflict(
-    client: Client, rows: Callable[..., list[Any]], messages: Callable[[str], list[Any]]
+    client: Client, rows: Rows, messages: Callable[[str], list[Any]]
 ) -> None:
     first = client.submit("draft", "hi", idempotency_key="k")
     assert client.submit("draft", "hi", idempotency_key="k") == first
@@ -205,9 +197,7 @@ def test_an_idempotency_key_gives_the_same_job_or_a_conflict(
     assert len(messages("draft.anthropic")) == 2
 
 
-def test_a_conflict_in_a_list_stores_nothing_of_it(
-    client: Client, rows: Callable[..., list[Any]]
-) -> None:
+def test_a_conflict_in_a_list_stores_nothing_of_it(client: Client, rows: Rows) -> None:
     client.submit("draft", "hi", idempotency_key="k")
     jobs = ["a"] * 600 + [{"prompt": "something else", "idempotency_key": "k"}]
     with pytest.raises(IdempotencyConflict):
@@ -215,9 +205,7 @@ def test_a_conflict_in_a_list_stores_nothing_of_it(
     assert len(rows("SELECT id FROM jobs")) == 1
 
 
-def test_keys_submitted_by_many_at_once_are_one_job_each(
-    settings: Settings, rows: Callable[..., list[Any]]
-) -> None:
+def test_keys_submitted_by_many_at_once_are_one_job_each(settings: Settings, rows: Rows) -> None:
     found: list[list[UUID]] = []
     with Sluice(settings) as sluice:
 
@@ -280,7 +268,7 @@ def test_without_a_schema_the_error_says_what_to_run(
 def test_without_redis_a_job_is_accepted_and_left_to_the_sweep(
     make_client: Callable[[Settings], Client],
     settings: Settings,
-    rows: Callable[..., list[Any]],
+    rows: Rows,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     away = f"redis://127.0.0.1:{_closed_port()}/0"
@@ -293,7 +281,7 @@ def test_without_redis_a_job_is_accepted_and_left_to_the_sweep(
 
 @pytest.mark.parametrize("count", [1, 700])
 def test_a_connection_lost_during_the_insert_stores_the_jobs_once(
-    client: Client, settings: Settings, rows: Callable[..., list[Any]], count: int
+    client: Client, settings: Settings, rows: Rows, count: int
 ) -> None:
     plain = settings.database_dsn.replace("postgresql+psycopg", "postgresql")
     found: list[UUID] = []
@@ -377,7 +365,7 @@ def test_a_closed_client_says_so(settings: Settings) -> None:
         sluice.submit("draft", "hi")
 
 
-def test_threads_share_a_client(settings: Settings, rows: Callable[..., list[Any]]) -> None:
+def test_threads_share_a_client(settings: Settings, rows: Rows) -> None:
     with Sluice(settings) as sluice:
         threads = [
             threading.Thread(target=lambda: [sluice.submit("draft", "hi") for _ in range(10)])
@@ -416,9 +404,7 @@ def forked(settings: Settings) -> Iterator[Sluice]:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_submits_on_connections_of_its_own(
-    forked: Sluice, rows: Callable[..., list[Any]]
-) -> None:
+def test_a_forked_child_submits_on_connections_of_its_own(forked: Sluice, rows: Rows) -> None:
     forked.submit("draft", "from the parent")
     pid = os.fork()
     if pid == 0:

@@ -22,6 +22,7 @@ from sluicegate.shared.settings import Settings
 from sluicegate.workers.journal import KEY as JOURNAL_KEY
 from sluicegate.workers.local.sandbox_control import SandboxControl
 from tests.command_line import Command
+from tests.databases import Rows
 from tests.dumping import dump, dump_redis
 from tests.harness import Rig, with_sandbox
 from tests.polling import eventually
@@ -29,7 +30,6 @@ from tests.stand_in import StandIn
 
 CANARY = "canary-4711"
 
-Rows = Callable[..., list[Any]]
 Work = Callable[[UUID], StandIn]
 
 _OWN_ROW = """
@@ -83,16 +83,6 @@ def rig(settings: Settings, sandbox: SandboxControl, tmp_path: Any) -> Iterator[
 @pytest.fixture
 def sluice(rig: Rig, command_line: Callable[[Settings], Command]) -> Command:
     return command_line(rig.settings)
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return run
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -18,6 +17,7 @@ from sluicegate.producers import exporting
 from sluicegate.shared import accounts
 from sluicegate.shared.settings import Settings
 from tests.command_line import Command
+from tests.databases import Rows
 from tests.stand_in import StandIn
 
 KEY = "a-key-or-its-token"
@@ -34,16 +34,6 @@ def client(settings: Settings) -> Iterator[Sluice]:
 @pytest.fixture
 def sluice(settings: Settings, command_line: Callable[[Settings], Command]) -> Command:
     return command_line(settings)
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Callable[..., list[Any]]:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return run
 
 
 @pytest.fixture
@@ -78,7 +68,7 @@ _OF_EACH = (
 
 
 @pytest.fixture(autouse=True)
-def _accounts(engine: Engine, rows: Callable[..., list[Any]]) -> None:
+def _accounts(engine: Engine, rows: Rows) -> None:
     with engine.connect() as connection:
         for name in ("acme", "other"):
             accounts.add_account(connection, name)
@@ -102,7 +92,7 @@ SELECT id, job_id, account_id, use_case, provider_id, provider, model, 'actual',
 
 
 def test_all_of_it_and_nobody_elses(
-    client: Sluice, sluice: Command, work: Work, rows: Callable[..., list[Any]]
+    client: Sluice, sluice: Command, work: Work, rows: Rows
 ) -> None:
     done = client.submit(
         "draft", "Grüße an Zoë", account="acme", metadata={"lead": "7"}, request_id="r-1"

@@ -8,7 +8,6 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -19,6 +18,7 @@ from sluicegate import Sluice
 from sluicegate.shared import accounts
 from sluicegate.shared.settings import Settings
 from tests.command_line import Command, Outcome
+from tests.databases import Rows
 from tests.stand_in import StandIn
 
 
@@ -50,16 +50,6 @@ def stand_in(
     return lambda job_id: StandIn(
         engine=engine, client=redis_client, settings=settings, job_id=job_id
     )
-
-
-@pytest.fixture
-def execute(engine: Engine) -> Callable[..., list[Any]]:
-    def execute(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return execute
 
 
 _FAILED = {"error_class": "auth", "message": "no key\tthat\nworks"}
@@ -179,7 +169,7 @@ def test_retry_of_a_choice_asks_first(
     sluice: Command,
     client: Sluice,
     stand_in: Callable[[UUID], StandIn],
-    execute: Callable[..., list[Any]],
+    rows: Rows,
 ) -> None:
     ids = [client.submit("draft", "hi").id for _ in range(3)]
     for job_id in ids[:2]:
@@ -187,22 +177,22 @@ def test_retry_of_a_choice_asks_first(
     outcome = sluice("job", "retry", "--state", "failed", "--since", "1h")
     assert (outcome.code, outcome.out) == (2, "")
     assert "--yes" in outcome.err
-    assert execute("SELECT count(*) FROM jobs WHERE state = 'failed'") == [(2,)]
+    assert rows("SELECT count(*) FROM jobs WHERE state = 'failed'") == [(2,)]
     outcome = sluice("job", "retry", "--since", "1h", "--yes")
     assert outcome.code == 0
     assert sorted(line[0] for line in lines(outcome)) == sorted(map(str, ids[:2]))
-    assert execute("SELECT DISTINCT state FROM jobs") == [("queued",)]
+    assert rows("SELECT DISTINCT state FROM jobs") == [("queued",)]
     outcome = sluice("job", "retry", "--state", "expired", "--yes")
     assert outcome == (0, "", "sluice: no job meets these options\n")
 
 
 def test_cancel_of_a_choice_takes_what_is_not_over(
-    sluice: Command, client: Sluice, execute: Callable[..., list[Any]]
+    sluice: Command, client: Sluice, rows: Rows
 ) -> None:
     client.submit_many("draft", ["a", "b"], lane="bulk")
     client.submit("draft", "c")
     assert sluice("job", "cancel", "--lane", "bulk", "-y").code == 0
-    assert execute("SELECT lane, state FROM jobs ORDER BY lane, state") == [
+    assert rows("SELECT lane, state FROM jobs ORDER BY lane, state") == [
         ("bulk", "cancelled"),
         ("bulk", "cancelled"),
         ("interactive", "queued"),
@@ -281,15 +271,15 @@ def test_what_is_not_there_is_code_1(sluice: Command) -> None:
 def test_queues_show_what_waits_and_who_serves_it(
     sluice: Command,
     client: Sluice,
-    execute: Callable[..., list[Any]],
+    rows: Rows,
     stand_in: Callable[[UUID], StandIn],
 ) -> None:
     ids = [client.submit("draft", "hi").id for _ in range(3)]
     stand_in(ids[0])
     client.submit_many("summary", ["a", "b"], lane="bulk")
-    execute("UPDATE jobs SET run_at = now() - interval '90 s' WHERE state = 'parked'")
+    rows("UPDATE jobs SET run_at = now() - interval '90 s' WHERE state = 'parked'")
     for name, ago, draining in (("w1", "0 s", False), ("w2", "0 s", True), ("w3", "1 h", False)):
-        execute(
+        rows(
             "INSERT INTO workers (id, name, pool, lane, queues, seen_at, draining)"
             " VALUES (gen_random_uuid(), %(name)s, 'anthropic', 'interactive',"
             " '{draft.anthropic,voice.anthropic}', now() - %(ago)s::interval, %(draining)s)",
@@ -336,7 +326,7 @@ def test_a_queue_whose_messages_nobody_knows_is_shown(
 
 
 def test_somebody_at_a_terminal_is_asked_and_shown_a_table(
-    variables: dict[str, str], client: Sluice, execute: Callable[..., list[Any]]
+    variables: dict[str, str], client: Sluice, rows: Rows
 ) -> None:
     client.submit("draft", "hi")
 
@@ -360,8 +350,8 @@ def test_somebody_at_a_terminal_is_asked_and_shown_a_table(
     code, shown = at_terminal(b"n\n")
     assert code == 1
     assert "Cancel 1 job?" in shown
-    assert execute("SELECT state FROM jobs") == [("queued",)]
+    assert rows("SELECT state FROM jobs") == [("queued",)]
     code, shown = at_terminal(b"y\n")
     assert code == 0
     assert "cancelled" in shown
-    assert execute("SELECT state FROM jobs") == [("cancelled",)]
+    assert rows("SELECT state FROM jobs") == [("cancelled",)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from sluicegate.workers.sweep.canceller import Canceller
 from sluicegate.workers.sweep.loops import Sweep
 from sluicegate.workers.sweep.rescuer import resolve_lost
 from tests.books import untold
+from tests.databases import Rows
 from tests.polling import eventually_async
 from tests.stand_in import StandIn
 
@@ -39,16 +40,6 @@ from tests.stand_in import StandIn
 def client(settings: Settings) -> Iterator[Sluice]:
     with Sluice(settings) as sluice:
         yield sluice
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Callable[..., list[Any]]:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return run
 
 
 async def test_a_dead_workers_job_with_a_wish_ends(
@@ -100,7 +91,7 @@ async def test_a_journaled_retry_of_a_job_with_a_wish_is_not_published(
 
 
 async def test_a_cancelled_batch_without_its_jobs_holds_up_nobody(
-    client: Sluice, settings: Settings, rows: Callable[..., list[Any]]
+    client: Sluice, settings: Settings, rows: Rows
 ) -> None:
     gone, batch = (client.submit_batch("summary", ["a", "b"]) for _ in range(2))
     rows("UPDATE batches SET cancelled_at = now()")
@@ -112,7 +103,7 @@ async def test_a_cancelled_batch_without_its_jobs_holds_up_nobody(
 
 
 def test_what_follows_from_an_end_is_found_by_key_whatever_was_planned_before(
-    client: Sluice, settings: Settings, rows: Callable[..., list[Any]]
+    client: Sluice, settings: Settings, rows: Rows
 ) -> None:
     batch = client.submit_batch("summary", ["a"] * 1000)
     ids = [row.id for row in rows("SELECT id FROM jobs")]

@@ -28,6 +28,7 @@ from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.deliverer import _ADD, Deliverer
 from sluicegate.workers.sweep.loops import Sweep
 from tests.command_line import Command
+from tests.databases import Rows
 from tests.polling import eventually, eventually_async
 from tests.stand_in import StandIn
 
@@ -37,7 +38,6 @@ SOON_S = 30.0
 AT_ONCE_S = 0.05
 
 Finish = Callable[..., list[UUID]]
-Rows = Callable[..., list[Any]]
 
 
 class Consumer:
@@ -119,16 +119,6 @@ def finish(sluice: Sluice, engine: Engine, redis_client: redis.Redis, settings: 
                 **result
             )
         return [handle.id for handle in handles]
-
-    return run
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
 
     return run
 

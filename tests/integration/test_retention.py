@@ -28,6 +28,7 @@ from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.deliverer import Deliverer
 from sluicegate.workers.sweep.purger import Purger
 from tests.command_line import Command
+from tests.databases import Rows
 from tests.dumping import dump
 from tests.harness import Rig, with_sandbox
 from tests.polling import eventually
@@ -36,7 +37,6 @@ from tests.stand_in import StandIn
 RETENTION_S = 3600.0
 LONG_AGO_S = RETENTION_S + 60
 
-Rows = Callable[..., list[Any]]
 Work = Callable[[UUID], StandIn]
 
 
@@ -49,16 +49,6 @@ def client(settings: Settings) -> Iterator[Sluice]:
 @pytest.fixture
 def sluice(settings: Settings, command_line: Callable[[Settings], Command]) -> Command:
     return command_line(settings)
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return run
 
 
 @pytest.fixture

@@ -35,24 +35,14 @@ from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.settlement import Settlement, settle_all
 from sluicegate.workers.statements import Database
 from tests.books import untold
+from tests.databases import Rows
 from tests.polling import eventually
 from tests.stand_in import StandIn
 
 QUEUES = ["draft.anthropic", "draft.anthropic.bulk"]
 RESERVED, COST = 100, 30
 
-Rows = Callable[..., list[Any]]
 Steer = Callable[..., Any]
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    def read(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return read
 
 
 @pytest.fixture(params=["threads", "loop"])

@@ -18,13 +18,13 @@ from sluicegate.shared.admission.keys import changes_key
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.sweep.loops import Sweep
 from tests.command_line import Command
+from tests.databases import Rows
 from tests.harness import FULL
 from tests.polling import eventually_async
 
 LUNA = "openai-gpt-6-luna"
 SOL = "openai-gpt-6.1-sol"
 
-Rows = Callable[..., list[Any]]
 
 _ADD = """
 INSERT INTO jobs (id, account_id, use_case, lane, queue, state, fence, max_attempts, run_at,
@@ -35,16 +35,6 @@ SELECT gen_random_uuid(), a.id, %(use_case)s, %(lane)s, %(queue)s, 'parked', 1, 
 FROM generate_series(1, %(jobs)s), accounts a WHERE a.name = %(account)s
 RETURNING id
 """
-
-
-@pytest.fixture
-def rows(engine: Engine) -> Rows:
-    def run(statement: str, **values: Any) -> list[Any]:
-        with engine.connect() as connection:
-            result = connection.exec_driver_sql(statement, values)
-            return list(result.all()) if result.returns_rows else []
-
-    return run
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,26 +12,12 @@ from tests.https_server import (
     Certificate,
     Receiver,
     endless,
-    make_certificate,
     receiving,
     status,
 )
 
 HEADERS = {"Content-Type": "application/json", "Sluice-Alert-Id": "17"}
 BODY = b'{"id":17}'
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("certificate"))
-
-
-@pytest.fixture
-def receiver(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    """Return a receiver whose authority is trusted."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.authority))
-    with receiving(certificate) as running:
-        yield running
 
 
 Make = Callable[..., WebhookClient]

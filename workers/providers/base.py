@@ -7,6 +7,7 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, TypedDict
 from urllib.parse import urlsplit
 
@@ -235,6 +236,7 @@ class Adapters:
                 task.add_done_callback(self._closing.discard)
 
 
+@lru_cache(maxsize=256)  # asked for at every call
 def _is_loopback(base_url: str) -> bool:
     try:
         host = urlsplit(base_url).hostname or ""

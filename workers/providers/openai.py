@@ -304,7 +304,7 @@ class OpenAIReading(Reading):
         if message.get("reasoning_content"):  # of compatible servers: the model works
             self.began = True
         self.stop = string(choice.get("finish_reason")) or self.stop
-        if filtered := _filtered(choice.get("content_filter_results")):
+        if (results := choice.get("content_filter_results")) and (filtered := _filtered(results)):
             self.stop_words = filtered
 
     def _take_call(self, number: int, call: dict[str, Any]) -> None:
