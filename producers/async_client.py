@@ -13,13 +13,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
 from uuid import UUID
 from weakref import WeakSet
 
 from pydantic import BaseModel
 from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
 from sluicegate.producers.budgeting import AsyncBudgeting
@@ -56,6 +56,7 @@ from sluicegate.producers.storing import (
     accept,
     batches,
     missing,
+    outcomes,
     parameters,
 )
 from sluicegate.producers.submission import (
@@ -76,8 +77,9 @@ from sluicegate.producers.views import JOB_QUERY, JobView, load_job
 from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, make_celery
+from sluicegate.shared.coalescing import Coalescer
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
-from sluicegate.shared.errors import NotFound, QueueUnavailable, SluiceError
+from sluicegate.shared.errors import IdempotencyConflict, NotFound, QueueUnavailable, SluiceError
 from sluicegate.shared.jobs import State
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_reader import AsyncReplyReader
@@ -102,6 +104,10 @@ class _Lines:
         )
         #: Readers of shared channels, which end with the client.
         self.replies: WeakSet[AsyncReplies] = WeakSet()
+        #: Jobs that are submitted one by one, at the same moment, are stored in one statement.
+        self.storing: Coalescer[Draft, Accepted] = Coalescer(
+            statement=self._store, max_items=settings.coalesce_max, spacing_s=2 * settings.spacing_s
+        )
         # Celery publishes synchronously; one thread does it for all who submit.
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="sluice-publisher")
         self._unpublished: list[JobMessage] = []
@@ -138,6 +144,11 @@ class _Lines:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._publisher, tell_worker, self.app, worker, job_ids)
 
+    async def _store(self, drafts: Sequence[Draft]) -> Sequence[Accepted]:
+        found = await _repeated(self.engine, lambda line: _store_each(line, drafts))
+        # What is an error is raised where its own draft is waited for.
+        return cast("Sequence[Accepted]", found)
+
     async def _publish(self) -> None:
         loop = asyncio.get_running_loop()
         try:
@@ -151,6 +162,7 @@ class _Lines:
         self._closed = True
         await asyncio.gather(*(one.close() for one in list(self.replies)))
         await self.reader.close()
+        await self.storing.finish()
         if self._publishing is not None:
             await self._publishing
         await asyncio.to_thread(self._publisher.shutdown)
@@ -165,10 +177,21 @@ class AsyncSluice(AsyncBudgeting):
     A process that is forked may use it on a loop of its own.
 
     settings: those of the environment if not given. Keywords replace single settings, as in
-    `AsyncSluice(redis_prefix="crm:")`.
+    `AsyncSluice(redis_prefix="crm:")`. The address of a server instead has it talk to that over
+    HTTP, as in `AsyncSluice("https://llm.example.com", api_key="sk-sluice-…")`; `HttpSluice`
+    explains that.
     """
 
-    def __init__(self, settings: Settings | None = None, **overrides: Any) -> None:
+    def __new__(cls, settings: Settings | str | None = None, **_overrides: Any) -> Self:
+        """Make the client for HTTP if an address is given."""
+        if cls is AsyncSluice and isinstance(settings, str):
+            from sluicegate.producers.http_async_client import AsyncHttpSluice  # noqa: PLC0415 - its own base
+
+            return cast("Self", super().__new__(AsyncHttpSluice))
+        return super().__new__(cls)
+
+    def __init__(self, settings: Settings | str | None = None, **overrides: Any) -> None:
+        assert not isinstance(settings, str)  # `__new__` has made another kind
         self.settings = resolve_settings(settings, overrides)
         self._lines: _Lines | None = None
         self._closed = False
@@ -178,13 +201,15 @@ class AsyncSluice(AsyncBudgeting):
 
     async def submit(
         self,
-        use_case: str,
+        use_case: str | None,
         prompt: Prompt,
         *,
         connection: object = None,
         **options: Unpack[JobOptions],
     ) -> AsyncJobHandle:
         """Accept one job; it is stored when this returns.
+
+        use_case: None has it chosen by what the job asks for; `result.warnings` says so.
 
         connection: stores it in this transaction of the caller's instead, and publishes it after
         the commit. A SQLAlchemy `AsyncSession` or `AsyncConnection`, or a psycopg
@@ -196,7 +221,9 @@ class AsyncSluice(AsyncBudgeting):
         """
         caller = None if connection is None else async_caller_of(connection)
         request = read_request(use_case, prompt, options)
-        draft = (await self._desk([request])).draft(request)
+        desk = await self._desk([request])
+        is_large = request.is_large
+        draft = await asyncio.to_thread(desk.draft, request) if is_large else desk.draft(request)
         if caller is None:
             redis = self._open().redis
             await self._early.check_async(draft, redis, self._catalogue, self._execute)
@@ -375,10 +402,7 @@ class AsyncSluice(AsyncBudgeting):
             jobs = await join_async(caller, drafts, self.settings, self._open().publish_soon)
             fresh_until = 0.0
         else:
-            # One statement is all or nothing by itself.
-            jobs = await self._query(
-                lambda connection: _store(connection, drafts), atomic=len(drafts) > 1
-            )
+            jobs = await self._store(drafts)
             messages = [job.message for job in jobs if job.message is not None]
             if messages:
                 await self._open().publish(messages)
@@ -394,6 +418,14 @@ class AsyncSluice(AsyncBudgeting):
             for request, job in zip(requests, jobs, strict=True)
         ]
 
+    async def _store(self, drafts: Sequence[Draft]) -> list[Accepted]:
+        if len(drafts) != 1:
+            return await self._query(lambda connection: _store_all(connection, drafts), atomic=True)
+        try:
+            return [await self._open().storing(drafts[0])]
+        except DATABASE_ERRORS as error:
+            raise explain(error) from error
+
     async def _execute(self, statement: str, **values: Any) -> Sequence[Row[Any]]:
         async def run(connection: AsyncConnection) -> Sequence[Row[Any]]:
             return (await connection.exec_driver_sql(statement, values)).all()
@@ -404,27 +436,48 @@ class AsyncSluice(AsyncBudgeting):
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, atomic: bool = False
     ) -> T:
         """Do work that may be repeated, through a restart of Postgres that is soon over."""
-        engine = self._open().engine
-
-        async def once() -> T:
-            async with engine.connect() as connection:
-                if not atomic:
-                    return await work(connection)
-                await connection.execution_options(isolation_level="READ COMMITTED")
-                async with connection.begin():
-                    return await work(connection)
-
         try:
-            return await AsyncRetrying(**REPEAT)(once)
+            return await _repeated(self._open().engine, work, atomic=atomic)
         except DATABASE_ERRORS as error:
             raise explain(error) from error
 
 
-async def _store(connection: AsyncConnection, drafts: Sequence[Draft]) -> list[Accepted]:
+async def _repeated(
+    engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]], *, atomic: bool = False
+) -> T:
+    async def once() -> T:
+        async with engine.connect() as connection:
+            if not atomic:
+                return await work(connection)
+            await connection.execution_options(isolation_level="READ COMMITTED")
+            async with connection.begin():
+                return await work(connection)
+
+    return await AsyncRetrying(**REPEAT)(once)
+
+
+async def _store_each(
+    connection: AsyncConnection, drafts: Sequence[Draft]
+) -> list[Accepted | IdempotencyConflict]:
+    """Store jobs that happen to come at the same moment: none is the others' concern."""
+    return [
+        one for part in batches(drafts) for one in outcomes(part, *await _insert(connection, part))
+    ]
+
+
+async def _store_all(connection: AsyncConnection, drafts: Sequence[Draft]) -> list[Accepted]:
+    """Store a list of jobs, all or none, within a transaction."""
     jobs: list[Accepted] = []
-    for batch in batches(drafts):
-        stored = (await connection.exec_driver_sql(INSERT, parameters(batch))).all()
-        left = missing(batch, stored)
-        found = (await connection.exec_driver_sql(FIND, parameters(left))).all() if left else ()
-        jobs += accept(batch, stored, found)
+    for part in batches(drafts):
+        jobs += accept(part, *await _insert(connection, part))
     return jobs
+
+
+async def _insert(
+    connection: AsyncConnection, drafts: Sequence[Draft]
+) -> tuple[Sequence[Row[Any]], Sequence[Row[Any]]]:
+    """Return the rows of `INSERT`, and those of `FIND` for what it left out."""
+    stored = (await connection.exec_driver_sql(INSERT, parameters(drafts))).all()
+    left = missing(drafts, stored)
+    found = (await connection.exec_driver_sql(FIND, parameters(left))).all() if left else ()
+    return stored, found

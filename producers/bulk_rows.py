@@ -13,8 +13,10 @@ from sluicegate.shared.errors import IdempotencyConflict, InvalidJob, SluiceErro
 _KEY: Final = "idempotency_key"
 
 
-def batch_form(use_case: str, template: str | None, options: JobOptions) -> Form:
-    """Return how the rows become jobs; raise `InvalidJob` if the template cannot be read."""
+def batch_form(use_case: str | None, template: str | None, options: JobOptions) -> Form:
+    """Return how the rows become jobs; raise `InvalidJob` if use case or template are no good."""
+    if use_case is None:
+        raise InvalidJob("use_case", "must be named: a batch has one for all its rows")
     common: dict[str, Any] = {name: value for name, value in options.items() if name != _KEY}
     return Form(
         use_case=use_case,

@@ -29,7 +29,10 @@ _PROMPT_BYTES = 40_000_000
 
 @app.command(epilog="Example: sluice submit draft 'Write a follow-up about the meeting.' --stream")
 def submit(
-    use_case: Annotated[str, typer.Argument(help="Such as draft, summary or general.")],
+    use_case: Annotated[
+        str | None,
+        typer.Argument(help="Such as draft; left out, it is chosen by what is asked."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Argument(help="What to ask; - or nothing reads it from stdin.")
     ] = None,
@@ -78,6 +81,8 @@ def submit(
         "response_format": _schema(schema) if schema is not None else None,
     }
     options: Any = {name: value for name, value in given.items() if value is not None}
+    if prompt is None and use_case is not None and len(use_case.split()) > 1:
+        use_case, prompt = None, use_case  # a use case is one word, and few prompts are
     text = _prompt(prompt, file)
     with Sluice() as sluice:
         handle = sluice.submit(use_case, text, lane=lane, stream=stream, **options)
@@ -187,4 +192,5 @@ def _print_figures(result: Result) -> None:
     if result.created_at and result.finished_at:
         figures.append(f"{(result.finished_at - result.created_at).total_seconds():.1f} s")
     line = ", ".join(filter(None, figures))
-    console(stderr=True).print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for said in (*result.warnings, line):
+        console(stderr=True).print(said, style="dim", highlight=False, markup=False, soft_wrap=True)

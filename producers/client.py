@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
 from uuid import UUID
 from weakref import WeakSet
 
@@ -123,10 +123,21 @@ class Sluice(Budgeting):
     A process that is forked may go on with it: the child opens connections of its own.
 
     settings: those of the environment if not given. Keywords replace single settings, as in
-    `Sluice(redis_prefix="crm:")`.
+    `Sluice(redis_prefix="crm:")`. The address of a server instead has it talk to that over HTTP, as
+    in `Sluice("https://llm.example.com", api_key="sk-sluice-…")`; `HttpSluice` explains
+    that.
     """
 
-    def __init__(self, settings: Settings | None = None, **overrides: Any) -> None:
+    def __new__(cls, settings: Settings | str | None = None, **_overrides: Any) -> Self:
+        """Make the client for HTTP if an address is given."""
+        if cls is Sluice and isinstance(settings, str):
+            from sluicegate.producers.http_client import HttpSluice  # noqa: PLC0415 - its own base
+
+            return cast("Self", super().__new__(HttpSluice))
+        return super().__new__(cls)
+
+    def __init__(self, settings: Settings | str | None = None, **overrides: Any) -> None:
+        assert not isinstance(settings, str)  # `__new__` has made another kind
         self.settings = resolve_settings(settings, overrides)
         self._lines: _Lines | None = None
         self._closed = False
@@ -136,13 +147,15 @@ class Sluice(Budgeting):
 
     def submit(
         self,
-        use_case: str,
+        use_case: str | None,
         prompt: Prompt,
         *,
         connection: object = None,
         **options: Unpack[JobOptions],
     ) -> JobHandle:
         """Accept one job; it is stored when this returns.
+
+        use_case: None has it chosen by what the job asks for; `result.warnings` says so.
 
         connection: stores it in this transaction of the caller's instead, and publishes it after
         the commit. A SQLAlchemy `Session` or `Connection`, a psycopg `Connection` or Django's

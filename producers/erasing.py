@@ -90,12 +90,20 @@ UPDATE gate_changes SET reason = ''
 WHERE reason <> '' AND (account_id = %(account_id)s OR provider_id = ANY(%(own)s))
 """,
     "DELETE FROM provider_keys WHERE account_id = %(account_id)s",
+    "DELETE FROM api_keys WHERE account_id = %(account_id)s",
     "DELETE FROM llm_providers WHERE account_id = %(account_id)s",
     """
 UPDATE accounts
 SET name = %(erased_name)s, is_active = false, alert_url = NULL, alert_secret_encrypted = NULL,
     erased_at = coalesce(erased_at, now())
 WHERE id = %(account_id)s
+""",
+    # Its removal was noted with all it had. That something was changed, and when, stays.
+    """
+UPDATE audit_entries
+SET before = NULL, after = NULL, subject = 'erased',
+    actor = CASE WHEN actor LIKE 'jwt:%%' THEN 'erased' ELSE actor END
+WHERE account_id = %(account_id)s
 """,
     # Jobs that name no account are submitted for this one.
     f"""

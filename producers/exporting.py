@@ -1,7 +1,8 @@
 """Exporting an account: all that we hold of it, as JSON Lines, in memory that stays small.
 
-Each line is an object with a `type`: account, provider, budget, alert, batch, job. A job brings its
-request, its result, its attempts and their cost entries. Keys are left out, ours and theirs.
+Each line is an object with a `type`: account, provider, budget, alert, api_key, change (of the
+audit), batch, job. A job brings its request, its result, its attempts and their cost entries. Keys
+are left out, ours and theirs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ WHERE account_id = %(account_id)s ORDER BY id
 """,
     "budget": "SELECT to_jsonb(t) FROM budgets t WHERE account_id = %(account_id)s ORDER BY id",
     "alert": "SELECT to_jsonb(t) FROM alerts t WHERE account_id = %(account_id)s ORDER BY id",
+    "api_key": """
+SELECT to_jsonb(t) - 'token_hash' FROM api_keys t WHERE account_id = %(account_id)s ORDER BY id
+""",
+    "change": """
+SELECT to_jsonb(t) FROM audit_entries t WHERE account_id = %(account_id)s ORDER BY number
+""",
     "batch": "SELECT to_jsonb(t) FROM batches t WHERE account_id = %(account_id)s ORDER BY id",
 }
 

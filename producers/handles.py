@@ -125,9 +125,13 @@ class AsyncJobHandle:
         and says so if no server answered meanwhile; `NotFound` if there is no such job, or the
         transaction it is in has not committed; `Purged` if the answer is not kept any more.
         """
+        return result_of(await self.ending(timeout))
+
+    async def ending(self, timeout: float | None = None) -> Event:  # noqa: ASYNC109 - as above
+        """Wait for the terminal event, whatever it says; raises `ResultTimeout`, `NotFound`."""
         seconds = check_timeout(timeout)
         (event,) = [one async for one in self._events("0", seconds, terminal_only=True)]
-        return result_of(event)
+        return event
 
     async def cancel(self) -> State:
         """Cancel the job; see `AsyncSluice.cancel`."""

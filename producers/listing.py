@@ -33,7 +33,8 @@ class JobFilters(TypedDict, total=False):
     """Which jobs `list_jobs` returns: those that meet all that is given.
 
     state: one or several. account: name or id. batch: its id. since: submitted at most so long
-    ago, or after that moment. limit: the newest so many, 50 if not given.
+    ago, or after that moment. submitted_by: as the submit named him. limit: the newest so many, 50
+    if not given.
     """
 
     state: State | str | Iterable[State | str] | None
@@ -43,6 +44,7 @@ class JobFilters(TypedDict, total=False):
     queue: str | None
     batch: UUID | str | None
     since: timedelta | datetime | None
+    submitted_by: str | None
     limit: int
 
 
@@ -72,6 +74,7 @@ class _Filters(Frozen):
     queue: _Name | None = None
     batch: UUID | None = None
     since: Annotated[AwareDatetime, BeforeValidator(_moment)] | None = None
+    submitted_by: _Name | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_LISTED)] = 50
 
 
@@ -107,6 +110,7 @@ class JobSummary(Frozen):
 #: The id of an account, active or not, by what a caller calls it.
 ACCOUNT_QUERY: Final = """
 SELECT id FROM accounts WHERE name = %(account)s OR id::text = lower(%(account)s)
+ORDER BY name = %(account)s
 """
 
 # Jobs are found first and dressed up afterwards. The id is made of the time, so the primary key
@@ -129,6 +133,7 @@ _CONDITIONS = {
     "lane": "lane = %(lane)s",
     "queue": "queue = %(queue)s",
     "batch": "batch_id = %(batch)s",
+    "submitted_by": "submitted_by = %(submitted_by)s",
     "since": "id >= %(first_id)s AND created_at >= %(since)s",
 }
 
@@ -153,6 +158,14 @@ class JobList:
         """The account to be found by `ACCOUNT_QUERY` first."""
         return self._filters.account
 
+    def parameters(self) -> dict[str, str]:
+        """Return the filters as parameters of an address; `read_parameters` reads them again."""
+        given = self._filters.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+        return {
+            name: ",".join(value) if isinstance(value, list) else str(value)
+            for name, value in given.items()
+        }
+
     def statement(self, accounts: Iterable[Row[Any]] = ()) -> tuple[str, dict[str, Any]]:
         """Return the statement and its parameters; raise `InvalidJob` if the account is not there.
 
@@ -176,6 +189,14 @@ class JobList:
             earliest = datetime.min.replace(tzinfo=UTC) + _CLOCKS_DIFFER
             values["first_id"] = first_id(max(filters.since, earliest) - _CLOCKS_DIFFER)
         return _LIST.format(conditions=" AND ".join(conditions) or "true"), values
+
+
+def read_parameters(parameters: Mapping[str, str]) -> dict[str, Any]:
+    """Return the filters that parameters of an address name, unchecked."""
+    filters: dict[str, Any] = dict(parameters)
+    if "state" in filters:
+        filters["state"] = filters["state"].split(",")
+    return filters
 
 
 def load_summary(row: Row[Any], bodies: Bodies) -> JobSummary:

@@ -49,7 +49,12 @@ def result_of(event: Event) -> Result:
         return result
     ended = f"job {result.job_id} {result.state}"
     message = ended if result.error is None else f"{ended}: {result.error.message}"
-    raise kind(message, job_id=str(result.job_id), state=result.state.value)
+    raise kind(
+        message,
+        job_id=str(result.job_id),
+        state=result.state.value,
+        error_class=None if result.error is None else result.error.error_class,
+    )
 
 
 def expecting(event: Event, model: type[BaseModel] | None) -> Event:

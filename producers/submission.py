@@ -20,7 +20,7 @@ from uuid import UUID
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from sqlalchemy import Row
 
-from sluicegate.shared.accounts import DEFAULT_ACCOUNT
+from sluicegate.shared.accounts import DEFAULT_ACCOUNT, name_or_id
 from sluicegate.shared.answers import answer_type_of, response_format_of
 from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import Catalogue
@@ -28,10 +28,17 @@ from sluicegate.shared.errors import IdempotencyConflict, InvalidJob
 from sluicegate.shared.events import ChannelName
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import JobSpec, Lane, State, build_spec
-from sluicegate.shared.messages import Frozen, Message, ResponseFormat, Tool
+from sluicegate.shared.messages import (
+    LARGE_BYTES,
+    Frozen,
+    Message,
+    ResponseFormat,
+    Tool,
+    attachment_bytes,
+)
 from sluicegate.shared.queues import queue_name
 from sluicegate.shared.refusals import refusal
-from sluicegate.shared.routing import needs_of, route
+from sluicegate.shared.routing import check_models, detect_use_case, needs_of, route
 from sluicegate.shared.settings import Settings
 
 #: Thirty days.
@@ -50,8 +57,11 @@ class JobOptions(TypedDict, total=False):
     """What `submit` takes beside use case and prompt.
 
     system: standing instructions. max_tokens: longest answer. stream: send deltas as they come.
-    model: a catalogue name or model id instead of routing's choice. tools, tool_choice, effort: as
-    the models understand them. response_format: a pydantic model, which `result.parsed` is then an
+    model: a catalogue name or model id instead of routing's choice. fallbacks: up to 8 more, tried
+    after it in this order; without `model`, after the rows that are meant for the use case.
+    tools, tool_choice, parallel_tool_calls, effort, temperature, top_p, stop: as the models
+    understand them; what the one that answers does not take is left out, and `result.warnings` says
+    so. response_format: a pydantic model, which `result.parsed` is then an
     instance of, or a JSON schema. metadata: up to 32 strings, kept.
 
     account: name or id. lane: `interactive` or `bulk`. deadline: in seconds, as a `timedelta`, or
@@ -65,10 +75,15 @@ class JobOptions(TypedDict, total=False):
     max_tokens: int | None
     stream: bool
     model: str | None
+    fallbacks: Sequence[str]
     tools: Sequence[Tool | Mapping[str, Any]]
     tool_choice: str
+    parallel_tool_calls: bool | None
     response_format: type[BaseModel] | ResponseFormat | Mapping[str, Any] | None
     effort: Literal["low", "medium", "high"] | None
+    temperature: float | None
+    top_p: float | None
+    stop: str | Sequence[str]
     metadata: Mapping[str, str]
     account: str | UUID
     lane: Lane | Literal["interactive", "bulk"]
@@ -141,6 +156,27 @@ class Request(NamedTuple):
     #: The model that its answer is to be read as.
     answer_type: type[BaseModel] | None = None
 
+    @property
+    def is_large(self) -> bool:
+        """Whether checking it would hold up an event loop."""
+        if isinstance(self.prompt, str) or not isinstance(self.prompt, Sequence):
+            return False
+        return sum(map(_data_bytes, self.prompt)) > LARGE_BYTES
+
+
+def _data_bytes(message: object) -> int:
+    """Return how long the images and files of a message are, as far as it is one."""
+    if isinstance(message, Message):
+        return attachment_bytes([message])
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return 0
+    found = (
+        part.get("data") if isinstance(part, Mapping) else getattr(part, "data", None)
+        for part in content
+    )
+    return sum(len(data) for data in found if isinstance(data, str))
+
 
 def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -> Request:
     """Check how a job is to be handled, and that its options are known; raise `InvalidJob`."""
@@ -159,6 +195,8 @@ def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -
     except ValidationError as error:
         raise refusal(error) from None
     fields = {name: options[name] for name in _FIELDS & options.keys()}
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = (fields["stop"],)
     response_format = fields.get("response_format")
     answer_type = answer_type_of(response_format)
     if answer_type is not None:
@@ -241,12 +279,11 @@ class AccountBook:
 
 def account_parameters(names: Iterable[str]) -> dict[str, Any]:
     """Parameters of `FIND_ACCOUNTS`: an account may be called by its name or its id."""
-    listed = list(names)
-    ids = []
-    for name in listed:
-        with suppress(ValueError):
-            ids.append(UUID(name))
-    return {"names": listed, "ids": ids}
+    called = [name_or_id(name) for name in names]
+    return {
+        "names": [one for one in called if isinstance(one, str)],
+        "ids": [one for one in called if isinstance(one, UUID)],
+    }
 
 
 class Desk:
@@ -267,7 +304,8 @@ class Desk:
     def draft(self, request: Request) -> Draft:
         """Check one request; raise `InvalidJob` that names the field which is refused."""
         terms = request.terms
-        spec = _build(request)
+        asked = _build(request)
+        spec = self._with_use_case(asked)
         account_id = self._accounts.get(terms.account)
         if account_id is None:
             raise InvalidJob("account", f"there is no active account {terms.account!r}")
@@ -275,11 +313,14 @@ class Desk:
         if use_case is not None and not use_case.is_active:
             known = self._catalogue.open_use_cases
             raise InvalidJob("use_case", f"{use_case.name!r} is disabled; there are {known}")
+        needs = needs_of(spec)
+        mode = self._settings.catalogue
+        check_models(needs, self._catalogue, account_id=account_id, mode=mode, now=self._now)
         candidates = route(
-            needs_of(spec),
+            needs,
             self._catalogue,
             account_id=account_id,
-            mode=self._settings.catalogue,
+            mode=mode,
             now=self._now,
             first_token_ms={},
         )
@@ -298,12 +339,22 @@ class Desk:
             max_attempts=terms.max_attempts or settings.max_attempts,
             deadline_s=terms.deadline or default_s,
             idempotency_key=terms.idempotency_key,
-            request_hash=JobSpec.digest(content),
+            # Of what was asked: the same request may be taken for another use case later.
+            request_hash=JobSpec.digest(content if spec is asked else asked.dump()),
             request=self._bodies.seal_request(content, spec.metadata),
             submitted_by=terms.submitted_by or _os_user(),
             request_id=terms.request_id,
             reply_to=terms.reply_to,
         )
+
+    def _with_use_case(self, spec: JobSpec) -> JobSpec:
+        """Choose the use case where the caller named none: one that takes jobs."""
+        if not spec.use_case_detected:
+            return spec
+        use_case = self._catalogue.use_cases.get(detect_use_case(spec))
+        if use_case is None or not use_case.is_active:
+            return spec
+        return spec.model_copy(update={"use_case": use_case.name})
 
     def draft_all(self, requests: Iterable[Request]) -> list[Draft]:
         """Check all before any is stored; raise as `draft`, or `IdempotencyConflict`."""
@@ -323,8 +374,17 @@ class Desk:
         return drafts
 
 
+def use_case_of(prompt: object, options: Mapping[str, Any]) -> str:
+    """Return what a job that names no use case is taken for; raise `InvalidJob`."""
+    return detect_use_case(_build(read_request(None, prompt, options)))
+
+
 def _build(request: Request) -> JobSpec:
     use_case, prompt = request.use_case, request.prompt
+    fields = request.fields
+    if use_case is None:
+        # Until it is detected, by what the whole request asks for.
+        use_case, fields = "general", {**fields, "use_case_detected": True}
     if not isinstance(use_case, str):
         raise InvalidJob("use_case", "must be the name of a use case, such as draft")
     messages: str | list[Any]
@@ -338,7 +398,7 @@ def _build(request: Request) -> JobSpec:
         messages = [_message(message) for message in prompt]
     else:
         raise InvalidJob("prompt", "must be text or a list of messages")
-    return build_spec(use_case, messages, **request.fields)
+    return build_spec(use_case, messages, **fields)
 
 
 def _message(message: object) -> object:

@@ -47,6 +47,7 @@ class JobView(Frozen):
     queue: str
     #: The account's name.
     account: str
+    account_id: UUID
     #: Paid calls so far, and how many there may be.
     attempts: int
     max_attempts: int
@@ -85,9 +86,10 @@ class JobView(Frozen):
 
 # An attempt has at most one entry and one correction, each under an index of its own.
 JOB_QUERY: Final = """
-SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, a.name AS account,
-       j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd, j.created_at, j.run_at,
-       j.deadline_at, CASE j.state WHEN 'parked' THEN j.held_back END AS held_back,
+SELECT j.id, j.id AS job_id, j.state, j.use_case, j.lane, j.queue, j.account_id,
+       a.name AS account, j.attempts_used AS attempts, j.max_attempts, j.cost_nano_usd,
+       j.created_at, j.run_at, j.deadline_at,
+       CASE j.state WHEN 'parked' THEN j.held_back END AS held_back,
        j.finished_at, j.purged_at, j.idempotency_key, j.request_id, j.submitted_by,
        j.submitted_from, j.reply_to, j.batch_id, j.batch_line, j.cancel_requested_at, r.body,
        coalesce(b.request->'metadata', '{}'::json) AS metadata,

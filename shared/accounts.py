@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sqlalchemy import Connection, func, or_, select, update
+from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from sluicegate.shared.budgets import recount_budgets
@@ -60,7 +59,20 @@ def check_name(name: object) -> str:
             "account",
             "must be 1 to 128 letters, digits or _ . @ -, and start with one of the first two",
         )
+    if isinstance(name_or_id(name), UUID):
+        raise InvalidJob("account", "must not look like an id (UUID); choose another name")
     return name
+
+
+def name_or_id(account: str) -> str | UUID:
+    """Return the id that this is written as, or the name that it is if it is none.
+
+    What can be read as an id is one everywhere, so that no name stands before another one's id.
+    """
+    try:
+        return UUID(account)
+    except ValueError:
+        return account
 
 
 def check_time_zone(name: str) -> str:
@@ -102,14 +114,11 @@ def list_accounts(connection: Connection) -> list[Account]:
 def find_account(connection: Connection, account: str) -> Account:
     """Return an account by name or id, active or not; raise `NotFound`."""
     columns = accounts.c
-    is_it = columns.name == account
-    with suppress(ValueError):
-        is_it = or_(is_it, columns.id == UUID(account))
-    # A name in the shape of an id comes first, as it does for jobs.
+    wanted = name_or_id(account)
     found = connection.execute(
-        select(columns.id, columns.name, columns.time_zone, columns.is_active)
-        .where(is_it)
-        .order_by((columns.name == account).desc())
+        select(columns.id, columns.name, columns.time_zone, columns.is_active).where(
+            (columns.id if isinstance(wanted, UUID) else columns.name) == wanted
+        )
     ).first()
     if found is None:
         raise NotFound(f"there is no account {account!r}")

@@ -1,4 +1,4 @@
-"""Answers in a shape: a pydantic model becomes a JSON schema that both providers take.
+"""Answers in a shape: pydantic models, and JSON schemas as both providers take them.
 
 Providers keep a schema strictly only if it is written as they want it. What follows is what both
 take, so that a job may go to either: every property required and no others, no defaults, no titles.
@@ -29,7 +29,12 @@ _STRING_FORMATS: Final = frozenset(
 _DROPPED: Final = frozenset({
     "$defs", "$ref", "type", "title", "default", "examples", "discriminator", "description", "enum",
     "const", "anyOf", "oneOf", "allOf", "properties", "required", "additionalProperties", "items",
+    "$schema", "$id", "$comment",
 })  # fmt: skip
+_DEFS: Final = "#/$defs/"
+#: Parts of a schema that are written anew: definitions that refer to others twice each, written out
+#: in full, would double at every step.
+_PARTS_MAX: Final = 2_000
 
 
 @lru_cache(maxsize=256)
@@ -40,18 +45,40 @@ def response_format_of(model: type[BaseModel]) -> ResponseFormat:
     except (PydanticUserError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidJob(_FIELD, f"{model.__name__} has no JSON schema: {reason}") from None
-    defs = whole.get("$defs", {})
-    strict = _Strict(model.__name__, defs)
-    root = strict.write(whole, model.__name__)
-    if "$ref" in root:  # a model that refers to itself
-        root = strict.write(defs[_target(root["$ref"])], model.__name__)
+    root = _strict(whole, model.__name__)
     if root.get("type") != "object":
         raise InvalidJob(_FIELD, f"{model.__name__} must be a model with fields of its own")
-    if defs:
-        root["$defs"] = {name: strict.write(part, name) for name, part in defs.items()}
     return ResponseFormat(
         name=re.sub(r"[^a-zA-Z0-9_-]+", "_", model.__name__)[:64], json_schema=root
     )
+
+
+def strict_schema(schema: dict[str, Any]) -> dict[str, Any] | None:
+    """Write a caller's schema as both providers keep it strictly; None if that cannot be done.
+
+    What fits it need not fit the caller's: limits become words, and the answer is checked.
+    """
+    return _strict_schema(orjson.dumps(schema))
+
+
+@lru_cache(maxsize=256)
+def _strict_schema(written: bytes) -> dict[str, Any] | None:
+    try:
+        root = _strict(orjson.loads(written), "the answer")
+    except (InvalidJob, RecursionError):
+        return None
+    return root if root.get("type") == "object" else None
+
+
+def _strict(whole: dict[str, Any], name: str) -> dict[str, Any]:
+    defs = whole.get("$defs", {})
+    strict = _Strict(defs)
+    root = strict.write(whole, name)
+    if "$ref" in root:  # a model that refers to itself
+        root = strict.write(defs[_target(root["$ref"])], name)
+    if defs:
+        root["$defs"] = {name: strict.write(part, name) for name, part in defs.items()}
+    return root
 
 
 def answer_type_of(response_format: object) -> type[BaseModel] | None:
@@ -89,20 +116,25 @@ def _invalid(job_id: object, problem: str, *, cut: bool) -> InvalidAnswer:
 
 
 def _target(reference: str) -> str:
-    return reference.removeprefix("#/$defs/")
+    return reference.removeprefix(_DEFS)
 
 
 class _Strict:
-    def __init__(self, model: str, defs: dict[str, Any]) -> None:
-        self._model = model
+    def __init__(self, defs: dict[str, Any]) -> None:
         self._defs = defs
+        self._parts = 0
 
     def write(
         self, part: dict[str, Any], place: str, within: frozenset[str] = frozenset()
     ) -> dict[str, Any]:
         """Write one part of a schema anew; `within` are the definitions that it is copied into."""
+        self._check(part, place)
         if "$ref" in part:
             return self._reference(part, place, within)
+        if isinstance(part.get("type"), list) and "enum" not in part:
+            own = {name: value for name, value in part.items() if name != "type"}
+            kinds = [{**own, "type": kind} for kind in part["type"]]
+            return self.write({"anyOf": kinds}, place, within)
         choices = part.get("anyOf") or part.get("oneOf")
         inherited = part.get("allOf")
         if isinstance(inherited, list) and len(inherited) == 1:
@@ -111,7 +143,7 @@ class _Strict:
         written: dict[str, Any] = {}
         if "const" in part or "enum" in part:
             written["enum"] = part.get("enum") or [part["const"]]
-            if "type" in part:
+            if isinstance(part.get("type"), str):
                 written["type"] = part["type"]
         elif choices:
             written["anyOf"] = [self.write(choice, place, within) for choice in choices]
@@ -125,11 +157,20 @@ class _Strict:
             written["description"] = "\n\n".join(filter(None, texts))
         return written
 
+    def _check(self, part: object, place: str) -> None:
+        if not isinstance(part, dict):
+            raise self._refused(place, "must be a schema with a type")
+        self._parts += 1
+        if self._parts > _PARTS_MAX:
+            raise self._refused(place, f"is more than {_PARTS_MAX:,} parts, written out in full")
+
     def _reference(
         self, part: dict[str, Any], place: str, within: frozenset[str]
     ) -> dict[str, Any]:
         reference = part["$ref"]
         name = _target(reference)
+        if not reference.startswith(_DEFS) or name not in self._defs:
+            raise self._refused(place, "refers to something else than its definitions")
         # Nothing may stand beside a reference: a field that says more is written out in full,
         # unless that would never end.
         if "description" not in part or name in within:

@@ -36,9 +36,18 @@ NOBODY: Final = UUID(int=0)
 WAITING: Final = ("queued", "parked")
 
 
+class BadField(SettingsError):
+    """A field has a value that it cannot have."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
 def refuse(field: str, problem: str) -> NoReturn:
     """Raise the SettingsError that names this field."""
-    raise SettingsError(f"{field}: {problem}")
+    raise BadField(field, problem)
 
 
 class Change(Frozen):

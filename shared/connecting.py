@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+    from sluicegate.shared.audit import Actor
     from sluicegate.shared.settings import Settings
 
 
@@ -33,22 +34,33 @@ def catalogue_change() -> Iterator[Connection]:
 
 
 @contextmanager
-def transaction() -> Iterator[Connection]:
+def transaction(
+    settings: Settings | None = None, actor: Actor | None = None
+) -> Iterator[Connection]:
     """Connect for one transaction: all that is done, or nothing of it; see `connection`."""
-    with connection() as line:
+    with connection(settings, actor) as line:
         line.execution_options(isolation_level="READ COMMITTED")
         with line.begin():
             yield line
 
 
 @contextmanager
-def connection() -> Iterator[Connection]:
-    """Connect, in autocommit; what Postgres refuses is a `SluiceError` of one sentence."""
+def connection(
+    settings: Settings | None = None, actor: Actor | None = None
+) -> Iterator[Connection]:
+    """Connect, in autocommit; what Postgres refuses is a `SluiceError` of one sentence.
+
+    settings: those of the environment if not given. actor: who changes something, for the audit;
+    the user of this command if not given.
+    """
+    from sluicegate.shared.audit import command_actor, sign
     from sluicegate.shared.database import DATABASE_ERRORS, explain
     from sluicegate.shared.settings import get_settings
 
     try:
-        with connected(get_settings()) as line:
+        with connected(settings or get_settings()) as line:
+            sign(line, actor or command_actor(), for_transaction=False)
+            line.commit()  # in autocommit that ends nothing but SQLAlchemy's own count
             yield line
     except DATABASE_ERRORS as error:
         raise explain(error) from error

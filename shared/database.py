@@ -16,7 +16,7 @@ from sluicegate.shared.errors import InvalidJob, QueueUnavailable, SchemaOutdate
 from sluicegate.shared.settings import Settings
 
 #: The migration this version of the code was written for.
-SCHEMA_REVISION = "0006"
+SCHEMA_REVISION = "0007"
 
 #: What a lost server, or a pool that waits for one, raises.
 CONNECTION_ERRORS = (
@@ -72,6 +72,7 @@ def _options(settings: Settings, application_name: str, pool_size: int | None) -
         # Statements are whole transactions: no BEGIN, no COMMIT, one round trip each. Where
         # several belong together the caller opens a transaction of its own.
         "isolation_level": "AUTOCOMMIT",
+        "skip_autocommit_rollback": True,
         "json_serializer": lambda value: orjson.dumps(value).decode(),
         "json_deserializer": orjson.loads,
         "connect_args": connect_options(settings, application_name, BY_SIZE)[1],
@@ -137,6 +138,9 @@ def explain(error: Exception) -> SluiceError:
         return SchemaOutdated()
     if code == _FOREIGN_KEY:
         return InvalidJob("account", "was deleted just now")
+    if code is None and isinstance(getattr(error, "orig", error), psycopg.DataError):
+        # The driver's own word: it was not even sent.
+        return InvalidJob("request", "holds a NUL character, which Postgres does not take in text")
     reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
     return QueueUnavailable(f"Postgres refused the statement: {reason}")
 

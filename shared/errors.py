@@ -101,10 +101,19 @@ class Purged(SluiceError):
 class JobEnded(SluiceError):
     """The job ended without a result."""
 
-    def __init__(self, message: str | None = None, *, job_id: str = "", state: str = "") -> None:
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        job_id: str = "",
+        state: str = "",
+        error_class: ErrorClass | None = None,
+    ) -> None:
         super().__init__(message)
         self.job_id = job_id
         self.state = state
+        #: Why its last attempt ended as it did, where that is known.
+        self.error_class = error_class
 
 
 class JobFailed(JobEnded):
@@ -150,6 +159,7 @@ class ErrorClass(StrEnum):
     STREAM_BROKEN = "stream_broken"  # cut, garbage, or an error event inside a stream
     TRUNCATED = "truncated"  # ended without its terminal marker
     GARBAGE = "garbage"  # a 2xx that is not an answer
+    INVALID_ANSWER = "invalid_answer"  # an answer that does not fit the schema it was asked for in
     CANCELLED = "cancelled"
     LOST = "lost"  # the worker died or lost the job: the outcome is unknown
     INTERNAL = "internal"  # a defect of ours

@@ -23,6 +23,11 @@ TERMINAL_N = 18446744073709551615
 FIELD: Final = b"e"
 
 
+#: Over HTTP, the kind of what says that nothing follows the event which the reader has seen last.
+OVER: Final = b"over"
+#: Over HTTP, the kind of what says why events cannot be read any further.
+BROKEN: Final = b"error"
+
 #: The name of a shared reply channel.
 ChannelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$")]
 

@@ -17,11 +17,10 @@ from pydantic import (
     PrivateAttr,
     StringConstraints,
     ValidationError,
-    model_validator,
 )
-from pydantic_core import PydanticSerializationError
 
 from sluicegate.shared.answers import read_answer, read_json
+from sluicegate.shared.conversations import check_conversation, check_tools
 from sluicegate.shared.errors import ErrorClass, IllegalTransition, InvalidJob, Purged
 from sluicegate.shared.messages import (
     MAX_ATTACHMENT_BYTES,
@@ -30,15 +29,19 @@ from sluicegate.shared.messages import (
     Frozen,
     ImagePart,
     Message,
+    NonEmpty,
     ResponseFormat,
     Tool,
     ToolCallPart,
     Usage,
+    attachment_bytes,
 )
 from sluicegate.shared.refusals import refusal
+from sluicegate.shared.schemas import check_schema
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 UseCaseName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 IdempotencyKey = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 
@@ -104,31 +107,30 @@ class JobSpec(Frozen):
 
     version: Literal[1] = 1
     use_case: UseCaseName
+    #: The caller named none, and this one was chosen by what the job asks for.
+    use_case_detected: Annotated[bool, Field(strict=True)] = False
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=1000)]
     system: str | None = None
     #: Longest answer in tokens; None takes the use case's default.
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)] | None = None
     #: A catalogue name or a provider's model id; None lets routing choose.
-    model: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    model: ModelName | None = None
+    #: Models to try after `model`, in this order; without one, after those that are meant for the
+    #: use case, and before those that only stand in.
+    fallbacks: Annotated[tuple[ModelName, ...], Field(max_length=8)] = ()
     tools: Annotated[tuple[Tool, ...], Field(max_length=128)] = ()
     #: `auto`, `none`, `required`, or the name of one tool.
     tool_choice: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] = "auto"
+    #: Whether the model may ask for several tools at once; None leaves it to the model.
+    parallel_tool_calls: Annotated[bool, Field(strict=True)] | None = None
     response_format: ResponseFormat | None = None
     effort: Literal["low", "medium", "high"] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, strict=True)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    #: Texts that end the answer where they would stand.
+    stop: Annotated[tuple[NonEmpty, ...], Field(max_length=4)] = ()
     stream: Annotated[bool, Field(strict=True)] = False
     metadata: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
-        if self.tool_choice not in ("auto", "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
-        if self.tool_choice not in ("auto", "none", "required") and self.tool_choice not in {
-            tool.name for tool in self.tools
-        }:
-            raise ValueError(f"tool_choice names no tool of this job: {self.tool_choice}")
-        return self
 
     @property
     def needs_vision(self) -> bool:
@@ -186,16 +188,15 @@ def build_spec(
     except ValidationError as error:
         raise refusal(error) from None
     _check_size(spec)
+    check_conversation(spec.messages)
+    check_tools(spec.tools, spec.tool_choice)
+    if spec.response_format is not None:
+        check_schema(spec.response_format.json_schema, "response_format.json_schema")
     return spec
 
 
 def _check_size(spec: JobSpec) -> None:
-    attachments = sum(
-        len(part.data or "")
-        for message in spec.messages
-        for part in message.content
-        if isinstance(part, ImagePart | FilePart)
-    )
+    attachments = attachment_bytes(spec.messages)
     if attachments > MAX_ATTACHMENT_BYTES:
         raise InvalidJob(
             "messages",
@@ -203,8 +204,8 @@ def _check_size(spec: JobSpec) -> None:
         )
     try:
         text_bytes = len(spec.dump()) - attachments
-    except (PydanticSerializationError, orjson.JSONEncodeError) as error:
-        # A lone surrogate, an integer beyond 64 bits, an object.
+    except (ValueError, orjson.JSONEncodeError) as error:
+        # A lone surrogate, an integer beyond 64 bits, an object; what is nested too deep.
         raise InvalidJob("job", f"holds a value that JSON cannot carry: {error}") from None
     if text_bytes > MAX_REQUEST_BYTES:
         raise InvalidJob("prompt", f"takes {text_bytes:,} bytes; {MAX_REQUEST_BYTES:,} are allowed")
@@ -243,6 +244,9 @@ class Result(Frozen):
     #: The same tokens at the baseline model's price.
     baseline_nano_usd: int = 0
     attempts: int = 0
+    #: What was not done quite as asked, a sentence each: a use case that was detected, a parameter
+    #: that the model does not take.
+    warnings: tuple[str, ...] = ()
     error: JobError | None = None
     created_at: datetime | None = None
     finished_at: datetime | None = None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 #: The longest request that is taken, all text and data together.
 MAX_REQUEST_BYTES = 1_000_000
-#: Its images and files together, in base64, which is a third larger than the file. Encoding is
-#: done on a worker's loop: this much is measured not to hold it up for 50 ms.
-MAX_ATTACHMENT_BYTES = 1_500_000
+#: Its images and files together, in base64, which is a third larger than the file. Copying this
+#: much, into a statement or out of JSON, is measured not to hold up an event loop for 50 ms; twice
+#: as much does.
+MAX_ATTACHMENT_BYTES = 10_000_000
+#: From here on a request is large: it is encoded and decoded beside the event loop.
+LARGE_BYTES = 2_000_000
 
 
 class Frozen(BaseModel):
@@ -21,7 +25,21 @@ class Frozen(BaseModel):
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 HttpsUrl = Annotated[str, StringConstraints(pattern=r"^https://[^\s]+$", max_length=4096)]
-Base64 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
+
+
+def _base64(text: str) -> str:
+    # A third of what a regular expression takes: twenty megabytes may come.
+    if not text.isascii() or text.rstrip("=").encode().translate(None, _BASE64):
+        raise ValueError("must be base64")
+    return text
+
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+Base64 = Annotated[
+    NonEmpty,
+    AfterValidator(_base64),
+    Field(json_schema_extra={"pattern": "^[A-Za-z0-9+/]+={0,2}$"}),
+]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -88,6 +106,16 @@ class Message(Frozen):
     def user(cls, text: str) -> Message:
         """Build a user turn of plain text."""
         return cls(role="user", content=(TextPart(text=text),))
+
+
+def attachment_bytes(messages: Iterable[Message]) -> int:
+    """Return how long the images and files in these are together, in base64."""
+    return sum(
+        len(part.data or "")
+        for message in messages
+        for part in message.content
+        if isinstance(part, ImagePart | FilePart)
+    )
 
 
 class Tool(Frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, Final, get_args
 from urllib.parse import urlsplit
 
@@ -84,6 +85,12 @@ class ProviderChange(Change):
             name: sorted(value) if isinstance(value, frozenset) else value
             for name, value in super().values().items()
         }
+
+
+def rates_of(usd_per_million: Mapping[str, float]) -> dict[str, float]:
+    """Return prices in dollars a million tokens, by class, as a price override has them."""
+    # A rate of $1 a million tokens is 1,000 nano-USD a token.
+    return {rate: float(Decimal(str(usd)) * 1000) for rate, usd in usd_per_million.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

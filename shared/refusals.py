@@ -52,10 +52,11 @@ def refusal(error: ValidationError, whole: str = "job") -> InvalidJob:
     """Build the error that says what is wrong with the first field that is; else the `whole`."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(str(step) for step in first["loc"])
-    return InvalidJob(place or whole, _problem(place, first["type"], first["msg"]))
+    return InvalidJob(place or whole, problem_words(first["type"], first["msg"], place))
 
 
-def _problem(place: str, kind: str, message: str) -> str:
+def problem_words(kind: str, message: str, place: str) -> str:
+    """Return what is wrong, from pydantic's kind of error and message, with a value at a place."""
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     if place == "deadline" and kind.startswith("float"):

@@ -46,6 +46,7 @@ WHERE j.id = ANY(%(job_ids)s)
 
 #: Events that wait for a slow consumer; its stream is read on when half of them are taken.
 _BUFFER_EVENTS = 1000
+_BEGINNING: Final = (0, 0)
 #: Jobs that one look at Postgres asks for.
 _CHECK_JOBS = 1000
 #: Between a settlement's commit and the terminal event's arrival; then the event counts as lost.
@@ -226,11 +227,14 @@ class Channels:
             self._reading = True
             self._read_from.clear()
             for key, readers in self._by_key.items():
-                places = [one.cursor for one in readers if not one.closed and not one.paused]
-                if places:
-                    self._read_from[key] = min(places)
-                    streams[key] = event_id(*min(places))
-                    ending += [one for one in readers if one.ending and not one.paused]
+                reading = [one for one in readers if not one.closed and not one.paused]
+                if not reading:
+                    continue
+                place = min([one.cursor for one in reading]) if reading[1:] else reading[0].cursor
+                self._read_from[key] = place
+                # Most wait for the first event.
+                streams[key] = event_id(*place) if place > _BEGINNING else "0-0"
+                ending += [one for one in readers if one.ending and not one.paused]
             streams[self.wake_key] = self._wake_id
         return streams, ending
 

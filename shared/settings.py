@@ -14,6 +14,10 @@ from sluicegate.shared.secrets import Secret
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+#: A claim of a token: names with dots between, from the outside in.
+Claim = Annotated[str, Field(pattern=r"^[^\s.]+(\.[^\s.]+)*$")]
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 #: The SDKs' own variables, without our prefix, so that one `.env` serves both.
 _SDK_VARIABLES = {
@@ -177,6 +181,81 @@ class Settings(BaseSettings):
     alert_retry_s: Seconds = 30
     #: and how long after an alert was raised it is still tried.
     alert_give_up_s: Seconds = 86_400
+
+    # The HTTP producer
+    #: The longest body of a request, in bytes; attachments come in base64.
+    http_max_body_bytes: Count = 24_000_000
+    #: Bytes of bodies that one process reads at the same time.
+    http_bodies_bytes: Count = 256_000_000
+    #: How long a connection may take to send the head of a request, and a body.
+    http_head_timeout_s: Seconds = 10
+    http_body_timeout_s: Seconds = 60
+    #: How long a client may take nothing of an answer before it is cut off.
+    http_stall_timeout_s: Seconds = 30
+    #: The longest that a request may ask to wait for its job.
+    http_max_wait_s: Seconds = 300
+    #: A stream that has nothing to say says so this often.
+    http_keep_alive_s: Seconds = 15
+    #: Connections, and streams and requests that wait for a job among them, that one process holds.
+    http_max_connections: Count = 5000
+    http_max_streams: Count = 2500
+    #: How old a stream gets, before its reader has to say again who it is.
+    http_stream_max_s: Seconds = 3600
+    #: Requests a second that a key or a token's subject may make, and how many at once.
+    http_rate_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100
+    http_rate_burst: Count = 200
+    #: Work for a use case is refused while an interactive job of it has waited for longer.
+    http_queue_age_s: Seconds = 60
+    #: Web pages that may call from a browser: origins with commas between, or `*`; none if empty.
+    http_cors_origins: Annotated[
+        str, Field(pattern=r"^(\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*)?$")
+    ] = ""
+    #: How long a stop waits for requests that are under way.
+    http_grace_s: Seconds = 10
+
+    # Who may use it
+    #: After its revocation a key opens a process that has just used it for this long at most.
+    api_key_ttl_s: Seconds = 2
+    #: What tokens are signed with: the secret of HS256, and the keys of RS256 and ES256, a file or
+    #: an https URL.
+    jwt_secret: Secret | None = None
+    jwt_jwks: str | None = None
+    #: Age at which these keys are read again; a key that is not known is looked for sooner.
+    jwt_jwks_ttl_s: Seconds = 600
+    #: What a token has to name, if these are set.
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
+    #: By how much clocks may differ.
+    jwt_leeway_s: Annotated[float, Field(ge=0, le=300)] = 30
+    #: Where a token says for which account, in which role, and how its holder has proved who he is.
+    jwt_account_claim: Claim = "account"
+    jwt_role_claim: Claim = "role"
+    jwt_mfa_claim: Claim = "aal"
+    #: What of the last means two factors, and the roles that need them, with commas between.
+    jwt_mfa_values: Annotated[str, Field(min_length=1)] = "aal2"
+    jwt_mfa_roles: Annotated[
+        str, Field(pattern=r"^((user|owner|admin)(\s*,\s*(user|owner|admin))*)?$")
+    ] = ""
+
+    @field_validator("jwt_secret")
+    @classmethod
+    def _long(cls, value: Secret | None) -> Secret | None:
+        # As RFC 7518 has it: a shorter one can be guessed from a single token.
+        if value is not None and len(value.get_secret_value().encode()) < 32:
+            raise ValueError("must be 32 bytes or longer")
+        return value
+
+    @field_validator("jwt_jwks")
+    @classmethod
+    def _trusted(cls, value: str | None) -> str | None:
+        if value is None or "://" not in value:
+            return value
+        is_url = _is_url(value, "https", "http")
+        host = urlsplit(value).hostname if is_url else None
+        # Whoever can change keys on their way can make tokens.
+        if not host or (value.startswith("http:") and host not in _LOOPBACK):
+            raise ValueError("must be the path of a file, or look like https://host/jwks.json")
+        return value
 
     @field_validator("database_url")
     @classmethod

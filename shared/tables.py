@@ -24,7 +24,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSON, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB, TIMESTAMP
 
 metadata = MetaData(
     naming_convention={
@@ -625,4 +625,54 @@ reply_groups = Table(
     Column("name", Text, primary_key=True),
     #: The first number that it has not acknowledged.
     Column("place", BigInteger, nullable=False),
+)
+
+#: What opens the HTTP producer. The key itself is nowhere: it was shown once.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    #: What people call it.
+    Column("name", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    #: Null: a service key; each of its requests names the account that it acts for.
+    Column("account_id", Uuid, ForeignKey("accounts.id", ondelete="CASCADE")),
+    #: See `api_keys.hash_of`.
+    Column("token_hash", LargeBinary, nullable=False, unique=True),
+    #: How it begins, to tell it from others.
+    Column("hint", Text, nullable=False),
+    Column("created_at", _TIME, nullable=False, server_default=_NOW),
+    #: Who made it, as the audit names him.
+    Column("created_by", Text, nullable=False),
+    #: Null: never.
+    Column("expires_at", _TIME),
+    Column("revoked_at", _TIME),
+    #: To about a minute.
+    Column("last_used_at", _TIME),
+    _one_of("role", "user", "owner", "admin"),
+    Index("api_keys_account_idx", "account_id"),
+)
+
+#: What operators have changed. Triggers on the tables write it, and one on it refuses all else.
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("number", BigInteger, Identity(always=True), primary_key=True),
+    Column("at", _TIME, nullable=False, server_default=_NOW),
+    #: Who it was: `key:<id>`, `jwt:<subject>`, `cli:<user>`, or `db:<user>` of a hand at psql.
+    Column("actor", Text, nullable=False),
+    #: Of the HTTP request that did it.
+    Column("request_id", Text),
+    Column("action", Text, nullable=False),
+    #: What it was done to: its kind, its name and its id.
+    Column("kind", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("subject_id", Text),
+    #: Whose that is; null: everybody's.
+    Column("account_id", Uuid),
+    #: Columns of the row; of a change those that changed. Secrets are masked.
+    Column("before", JSONB(none_as_null=True)),
+    Column("after", JSONB(none_as_null=True)),
+    _one_of("action", "add", "change", "remove"),
+    Index("audit_entries_account_idx", "account_id", "number"),
 )

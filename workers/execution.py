@@ -22,7 +22,7 @@ from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, InvalidJob, UnknownPrice
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.settings import Settings
-from sluicegate.workers import affording, outcomes, reports
+from sluicegate.workers import affording, outcomes, repair, reports
 from sluicegate.workers.calling import Caller
 from sluicegate.workers.calls import CutOffError
 from sluicegate.workers.claims import Claims, Job
@@ -39,7 +39,7 @@ from sluicegate.workers.placement import (
     Plan,
     after_failure,
 )
-from sluicegate.workers.providers.base import ProviderError
+from sluicegate.workers.providers.base import Answer, ProviderError
 from sluicegate.workers.replies import Channel, Replies
 from sluicegate.workers.retry import Expire, GiveUp, Next, Retry, RetryPolicy
 from sluicegate.workers.settlement import Settled, Settlement, Settler
@@ -54,6 +54,10 @@ _CANCELLED = outcomes.refusal(CANCELLED, ErrorClass.CANCELLED)
 
 #: A request that is encrypted with a key which is not here: until somebody has given it to us.
 _UNREADABLE_PARK_S = 30.0
+
+
+#: Of all large requests in memory together, as they are stored; each is there about three times.
+_LARGE_BYTES_MAX = 128_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,8 @@ class Execution:
         self._unwanted: set[UUID] = set()
         #: Jobs in hand that have waited here for room in a budget.
         self._patient = 0
+        #: Bytes of large requests that may be in memory.
+        self._room = Slots(_LARGE_BYTES_MAX)
         #: Set when the worker stops: a cancellation then means that the time is up.
         self.stopping = False
 
@@ -177,10 +183,9 @@ class Execution:
         try:
             if job.unwanted:
                 return await self._end(job, outcomes.released(job))
-            if job.unreadable:
-                why = job.unreadable
-                return await self._end(job, outcomes.parked(job, _UNREADABLE_PARK_S, why))
-            return await self._carry(job)
+            if job.unloaded_bytes:
+                return await self._run_large(job)
+            return await self._run_loaded(job)
         except Exception:
             # The log says where; the caller is told that it was us.
             log.exception("job %s met a defect", job.id)
@@ -189,6 +194,20 @@ class Execution:
             self._parts.claims.let_go(job.id)
             self._unwanted.discard(job.id)
             self._parts.slots.release(1)
+
+    async def _run_large(self, job: Job) -> Again | None:
+        """Load the request of a job, when there is room for it, and run the job."""
+        weight = min(job.unloaded_bytes, self._room.limit)
+        await self._room.acquire(weight)
+        try:
+            return await self._run_loaded(await self._parts.claims.load(job))
+        finally:
+            self._room.release(weight)
+
+    async def _run_loaded(self, job: Job) -> Again | None:
+        if job.unreadable:
+            return await self._end(job, outcomes.parked(job, _UNREADABLE_PARK_S, job.unreadable))
+        return await self._carry(job)
 
     async def _carry(self, job: Job) -> Again | None:
         """Take the job from candidate to candidate until one answers, or it has to wait."""
@@ -355,10 +374,32 @@ class Execution:
             channel.discard()
             return await self._failed(job, plan, attempt, error, holding)
         failpoint("answered")
+        problem = repair.misfit_of(job.spec, answer)
+        if problem is not None:
+            channel.discard()
+            return await self._misfit(job, plan, attempt, answer, problem)
         settlement = outcomes.succeeded(
             job, attempt, plan.provider, answer, parts.settings.baseline_model
         )
         return await self._end(job, settlement, channel)
+
+    async def _misfit(
+        self, job: Job, plan: Plan, attempt: Attempt, answer: Answer, problem: str
+    ) -> Job | Again | None:
+        """Book an answer that does not fit its schema, and have it asked for once more."""
+        error = repair.error_of(answer, problem)
+        baseline = self._parts.settings.baseline_model
+        ended = outcomes.ended_attempt(attempt, plan.provider, error, baseline)
+        ended |= outcomes.took(answer)
+        if not repair.is_worth_it(job):
+            why = "it was asked for twice" if job.repairs else "no attempt is left to repair it"
+            settlement = outcomes.failed(
+                job, State.FAILED, error, attempt=attempt, ended=ended, why=why
+            )
+            return await self._end(job, settlement)
+        repairing = repair.repairing(job, plan, answer, problem, ended.get("amount_nano_usd", 0))
+        settlement = outcomes.kept(repairing, ended)
+        return repairing if await self._goes_on(repairing, settlement) else None
 
     async def _end_cut_off(
         self, job: Job, state: State, attempt: Attempt, error: ProviderError

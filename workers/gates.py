@@ -18,8 +18,8 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from sluicegate.shared.admission.gate import Ask, Gate, Probe, Reason, Report, Verdict
+from sluicegate.shared.coalescing import Coalescer
 from sluicegate.shared.settings import Settings
-from sluicegate.workers.coalescing import Coalescer
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import orjson
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from sluicegate.shared.coalescing import run_apart
 from sluicegate.shared.queues import JOURNAL_FIELD, JOURNAL_KEY
-from sluicegate.workers.coalescing import run_apart
 from sluicegate.workers.ledger import Told
 from sluicegate.workers.settlement import Settled, Settlement, settle_all
 from sluicegate.workers.statements import Database

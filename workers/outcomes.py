@@ -7,9 +7,11 @@ from typing import Any
 from sluicegate.shared import endings
 from sluicegate.shared.catalogue import Provider
 from sluicegate.shared.errors import ErrorClass, UnknownPrice
+from sluicegate.shared.fitting import left_out
 from sluicegate.shared.jobs import AttemptState, Lane, State
 from sluicegate.shared.messages import Usage
 from sluicegate.shared.pricing import baseline_nano_usd, price_version
+from sluicegate.shared.routing import detection_said
 from sluicegate.workers.claims import Job
 from sluicegate.workers.dispatch import Attempt
 from sluicegate.workers.providers.base import Answer, Partial, ProviderError
@@ -32,17 +34,20 @@ def succeeded(
         "usage": _NO_USAGE if answer.usage is None else answer.usage.model_dump(),
         "attempts": attempt.number,
     }
+    if warnings := _warnings(job, provider, answer):
+        body["warnings"] = warnings
     return (
         _move(job, State.SUCCEEDED)
         | _ended(attempt, AttemptState.SUCCEEDED)
         | booking
-        | {
-            "body": body,
-            "request_id": answer.request_id,
-            "first_token_ms": answer.first_token_ms,
-            "duration_ms": answer.duration_ms,
-        }
+        | {"body": body, "request_id": answer.request_id}
+        | took(answer)
     )
+
+
+def took(answer: Answer) -> Settlement:
+    """Say how long an answer took: its own part of a settlement."""
+    return {"first_token_ms": answer.first_token_ms, "duration_ms": answer.duration_ms}
 
 
 def ended_attempt(
@@ -188,6 +193,17 @@ def terminal_payload(job: Job, body: dict[str, Any], settled: Settled) -> bytes:
 def refusal(message: str, error_class: ErrorClass = ErrorClass.BAD_REQUEST) -> ProviderError:
     """Make the error of a job that was never sent."""
     return ProviderError(message, error_class=error_class, sent=False)
+
+
+def _warnings(job: Job, provider: Provider, answer: Answer) -> list[str]:
+    """Say what was not done quite as asked."""
+    spec = job.spec
+    said = [*detection_said(spec), *left_out(spec, provider)]
+    if job.repairs:
+        said.append("an answer did not fit the JSON schema, and was asked for once more")
+    if spec.response_format is not None and answer.finish_reason == "length":
+        said.append("the answer was cut by max_tokens, so it is no whole JSON")
+    return said
 
 
 def _move(job: Job, state: State) -> Settlement:

@@ -14,10 +14,6 @@ from sluicegate.shared.errors import SettingsError
 from sluicegate.shared.terminal import AsJson, age, moment, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
-    from sqlalchemy import Connection
-
     from sluicegate.shared.gate_changes import PauseKind
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -76,6 +72,7 @@ def _switch(
     as_json: bool,
 ) -> None:
     from sluicegate.shared.gate_changes import set_pause
+    from sluicegate.shared.pausing import own_rows, pause_subject
 
     given: dict[PauseKind, str | None] = {
         "provider": provider,
@@ -92,9 +89,9 @@ def _switch(
         raise SettingsError("name one of --provider, --account and --use-case at a time")
     ((kind, called),) = named
     with catalogue_change() as line:
-        subject, name = _subject(line, kind, called, of)
+        subject, name = pause_subject(line, kind, called, of)
         changed = set_pause(line, kind, subject, paused=paused)
-        others = _own_rows(line, called) if kind == "provider" and paused and not of else []
+        others = own_rows(line, called) if kind == "provider" and paused and not of else []
     state = "paused" if paused else "running"
     if as_json:
         print_json({"kind": kind, "name": name, "account": of, "state": state, "changed": changed})
@@ -104,36 +101,6 @@ def _switch(
         note(f"{kind.replace('_', ' ')} {_whose(name, of)} was {state} already")
     for owner in others:
         note(f"account {owner} has a row {name} of its own, not paused by this: --of {owner}")
-
-
-def _subject(
-    line: Connection, kind: PauseKind, called: str, of: str | None
-) -> tuple[UUID | str, str]:
-    """Return what a pause is kept under, and the name of what is paused."""
-    from sluicegate.shared.accounts import find_account
-    from sluicegate.shared.gate_changes import check_use_case
-    from sluicegate.shared.provider_changes import find_provider
-
-    match kind:
-        case "provider":
-            return find_provider(line, called, of).id, called
-        case "account":
-            found = find_account(line, called)
-            return found.id, found.name
-        case "use_case":
-            check_use_case(line, called)
-            return called, called
-
-
-def _own_rows(line: Connection, name: str) -> list[str]:
-    """Return the accounts that have a provider row of their own by this name."""
-    from sluicegate.shared.provider_changes import list_providers
-
-    return [
-        entry.account
-        for entry in list_providers(line)
-        if entry.provider.name == name and entry.account is not None
-    ]
 
 
 def _whose(name: str, account: str | None) -> str:

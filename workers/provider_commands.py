@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -340,7 +339,7 @@ def _change(
     name: str, options: dict[str, Any], *, price_before: Mapping[str, float] | None
 ) -> ProviderChange:
     """Make the change of what is given; a price takes the rates that are not from before."""
-    from sluicegate.shared.provider_changes import ProviderChange
+    from sluicegate.shared.provider_changes import ProviderChange, rates_of
 
     fields = {field: options[field] for field in ProviderChange.model_fields if field in options}
     for field in ("use_case", "failover", "capabilities"):
@@ -352,9 +351,7 @@ def _change(
         fields["retires_at"] = _time(fields["retires_at"])
     rates = {rate: options[option] for option, rate in _PRICES.items() if option in options}
     if rates:
-        # A rate of $1 a million tokens is 1,000 nano-USD a token.
-        nano = {rate: float(Decimal(str(usd)) * 1000) for rate, usd in rates.items()}
-        price = {**(price_before or {}), **nano}
+        price = {**(price_before or {}), **rates_of(rates)}
         if not {"input", "output"} <= price.keys():
             raise SettingsError("price: give both --input-price and --output-price")
         fields["price_override"] = price

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sluicegate.shared.connecting import connection
-from sluicegate.shared.errors import UnknownPrice
 from sluicegate.shared.settings import get_settings
 from sluicegate.shared.terminal import moment, note, print_json
 
@@ -21,20 +20,10 @@ if TYPE_CHECKING:
 
 def entries() -> list[tuple[ProviderEntry, str]]:
     """Return all rows, and where the key of each comes from; empty: there is none."""
-    from sluicegate.shared.catalogue import read
-    from sluicegate.shared.provider_changes import list_providers
-    from sluicegate.shared.provider_keys import choose_key, environment_key
+    from sluicegate.shared.provider_listing import read_entries
 
-    settings = get_settings()
     with connection() as line:
-        keys = read(line).keys
-        listed = list_providers(line)
-
-    def source(row: Provider) -> str:
-        key = choose_key(row, row.account_id, keys, environment_key(settings, row.provider))
-        return "" if key is None else key.source.value
-
-    return [(entry, source(entry.provider)) for entry in listed]
+        return read_entries(line, get_settings())
 
 
 def find(
@@ -95,51 +84,19 @@ def use_cases(row: Provider) -> str:
 
 def prices(row: Provider) -> tuple[str, str]:
     """Write what a million tokens in and out cost, in the tier of short prompts."""
+    from sluicegate.shared.provider_listing import usd_per_million
+
     return tuple(  # type: ignore[return-value]  # two in, two out
-        "?" if usd is None else f"{usd:g}" for usd in _dollars(row)
+        "?" if usd is None else f"{usd:g}" for usd in usd_per_million(row)
     )
-
-
-def _dollars(row: Provider) -> tuple[float | None, float | None]:
-    try:
-        rates = row.card.rates(0)
-    except UnknownPrice:
-        return None, None
-    return rates.input / 1e6, rates.output / 1e6
 
 
 def as_json_object(entry: ProviderEntry, key: str) -> dict[str, Any]:
     """Return all of a row for JSON, and nothing of its key but where that comes from."""
-    row = entry.provider
-    input_usd, output_usd = _dollars(row)
-    return {
-        "id": str(row.id),
-        "name": row.name,
-        "account": entry.account,
-        "pool": row.provider,
-        "model": row.model,
-        "base_url": row.base_url,
-        "is_active": entry.is_active,
-        "is_default": row.is_default,
-        "use_cases": sorted(row.use_case),
-        "failover": sorted(row.failover),
-        "priority": row.priority,
-        "max_tokens": row.max_tokens,
-        "context_tokens": row.context_tokens,
-        "capabilities": sorted(row.capabilities),
-        "input_usd_per_million": input_usd,
-        "output_usd_per_million": output_usd,
-        "price_override": row.price_override,
-        "key": key or None,
-        "requests_per_minute": row.requests_per_minute,
-        "tokens_per_minute": row.tokens_per_minute,
-        "input_tokens_per_minute": row.input_tokens_per_minute,
-        "output_tokens_per_minute": row.output_tokens_per_minute,
-        "max_concurrent": row.max_concurrent,
-        "retires_at": moment(row.retires_at) or None,
-        "successor": row.successor,
-        "catalogue": row.catalogue,
-    }
+    from sluicegate.shared.provider_listing import describe
+
+    shown = describe(entry, key)
+    return shown | {"retires_at": moment(shown["retires_at"]) or None}
 
 
 def word(value: object) -> str:

@@ -12,9 +12,9 @@ import orjson
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
+from sluicegate.shared.coalescing import Coalescer
 from sluicegate.shared.events import FIELD, event_id, reply_key, terminal_id
 from sluicegate.shared.settings import Settings
-from sluicegate.workers.coalescing import Coalescer
 from sluicegate.workers.providers.base import ToolCallFragment
 
 log = logging.getLogger(__name__)

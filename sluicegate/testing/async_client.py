@@ -70,7 +70,7 @@ class AsyncFakeSluice(Stage, AsyncSluice):
 
     async def submit(
         self,
-        use_case: str,
+        use_case: str | None,
         prompt: Prompt,
         *,
         connection: object = None,

@@ -165,7 +165,7 @@ class FakeSluice(Stage, Sluice):
 
     def submit(
         self,
-        use_case: str,
+        use_case: str | None,
         prompt: Prompt,
         *,
         connection: object = None,

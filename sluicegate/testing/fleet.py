@@ -27,9 +27,10 @@ from sluicegate.shared.catalogue import Catalogue, Provider
 from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, NotFound, SluiceError
 from sluicegate.shared.events import Delta, Event, ToolCallDelta, id_key
+from sluicegate.shared.fitting import left_out
 from sluicegate.shared.jobs import AttemptState, JobError, JobSpec, Lane, State
 from sluicegate.shared.pricing import baseline_nano_usd
-from sluicegate.shared.routing import answer_tokens, needs_of, route
+from sluicegate.shared.routing import answer_tokens, detection_said, needs_of, route
 from sluicegate.shared.settings import Settings
 from sluicegate.testing.batches import BatchRecord, check_common, check_rows
 from sluicegate.testing.job import FakeJob, plausible_usage
@@ -375,6 +376,7 @@ class Fleet:
         job.book(AttemptState.SUCCEEDED, cost_nano_usd)
         job.end(
             State.SUCCEEDED,
+            warnings=(*detection_said(job.spec), *left_out(job.spec, row)),
             text=text,
             tool_calls=answer.tool_calls,
             finish_reason=answer.finish_reason,

@@ -202,6 +202,7 @@ class FakeJob:
             lane=self.lane,
             queue=self.draft.queue,
             account=self.account,
+            account_id=self.draft.account_id,
             attempts=self.attempts,
             max_attempts=self.draft.max_attempts,
             cost_nano_usd=self.cost_nano_usd,

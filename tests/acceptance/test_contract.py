@@ -1,8 +1,8 @@
-"""The contract of the clients: the same cases on the real thing and on the fake, in both kinds.
+"""The contract of the clients: the same cases on the real thing, over HTTP and on the fake.
 
-The real thing is both clients before real workers and a sandbox provider. What a prompt says is
-what happens: `ECHO: text` is answered with the text, FAILS is refused, HANGS never ends. Nobody
-works on `complex`.
+Each in both kinds. The real thing is both clients before real workers and a sandbox provider. What
+a prompt says is what happens: `ECHO: text` is answered with the text, FAILS is refused, HANGS never
+ends. Nobody works on `complex`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from sluicegate.testing import AsyncFakeSluice, FakeSluice
 from sluicegate.testing.catalogue import fresh_catalogue
 from tests.databases import Databases
 from tests.harness import Rig
+from tests.http_servers import HttpServer, make_key, start_http
 from tests.polling import eventually
 
 WAIT_S = 30.0
@@ -227,10 +228,19 @@ def _fleet(module_rig: Rig) -> None:
         module_rig.await_worker(worker)
 
 
+@pytest.fixture(scope="module")
+def server(module_rig: Rig) -> HttpServer:
+    return start_http(module_rig, api_key=make_key(module_rig.settings, "admin"))
+
+
 @contextmanager
-def _client(rig: Rig, *, fake: bool, runner: asyncio.Runner | None) -> Iterator[Client]:
+def _client(
+    rig: Rig, which: str, server: HttpServer, runner: asyncio.Runner | None
+) -> Iterator[Client]:
     client: Sluice | AsyncSluice
-    if fake:
+    if which == "http":
+        client = (AsyncSluice if runner else Sluice)(server.url, api_key=server.api_key)
+    elif which == "fake":
         client = (AsyncFakeSluice if runner else FakeSluice)(rig.settings, accounts=["acme"])
         assert isinstance(client, FakeSluice | AsyncFakeSluice)
         script(client)
@@ -244,24 +254,28 @@ def _client(rig: Rig, *, fake: bool, runner: asyncio.Runner | None) -> Iterator[
 
 
 THREADS, LOOP = ["real-threads", "fake-threads"], ["real-loop", "fake-loop"]
+HTTP = ["http-threads", "http-loop"]
 
 
-@pytest.fixture(params=[*THREADS, *LOOP])
-def client(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Client]:
+@pytest.fixture(params=[*THREADS, *LOOP, *HTTP])
+def client(request: pytest.FixtureRequest, rig: Rig, server: HttpServer) -> Iterator[Client]:
     which, _, kind = request.param.partition("-")
     rig.sandbox.add_fault("http_400", prompt_contains="FAILS", message="this is refused")
     rig.sandbox.add_fault("http_400", prompt_contains="REFUSED ONCE", times=1)
     rig.sandbox.add_fault("hang", prompt_contains="HANGS")
     if kind == "threads":
-        with _client(rig, fake=which == "fake", runner=None) as client:
+        with _client(rig, which, server, None) as client:
             yield client
         return
-    with asyncio.Runner() as runner, _client(rig, fake=which == "fake", runner=runner) as client:
+    with asyncio.Runner() as runner, _client(rig, which, server, runner) as client:
         yield client
 
 
 #: Batches are for threads.
 only_threads = pytest.mark.parametrize("client", THREADS, indirect=True)
+#: What needs the database or Redis itself.
+not_over_http = pytest.mark.parametrize("client", [*THREADS, *LOOP], indirect=True)
+only_over_http = pytest.mark.parametrize("client", HTTP, indirect=True)
 
 
 def test_a_job_is_answered_and_priced(client: Client) -> None:
@@ -417,7 +431,8 @@ def test_an_idempotency_key_gives_the_same_job_or_a_conflict(client: Client) -> 
         (("draft", "hi"), {"model": "gpt-1"}),
         (("draft", "hi"), {"lane": "express"}),
         (("draft", "hi"), {"reply_to": "not a name"}),
-        (("draft", "hi"), {"temperature": 1}),
+        (("draft", "hi"), {"temperature": 3}),
+        (("draft", "hi"), {"colour": "red"}),
         (("draft", "hi"), {"metadata": {"n": 1}}),
         (("draft", "hi"), {"connection": object()}),
     ],
@@ -513,6 +528,7 @@ def test_jobs_are_listed_newest_first(client: Client) -> None:
             client.list_jobs(**filters)
 
 
+@not_over_http
 def test_replies_come_until_they_are_acknowledged(client: Client) -> None:
     channel = f"crm-{uuid4().hex}"
     answered = client.submit(
@@ -535,6 +551,7 @@ def test_replies_come_until_they_are_acknowledged(client: Client) -> None:
         client.replies("not a name", 1, ack=True, timeout=1)
 
 
+@not_over_http
 @pytest.mark.parametrize("kind", ["session", "psycopg"])
 def test_a_job_is_there_once_its_transaction_has_committed(client: Client, kind: str) -> None:
     job = client.submit_in_transaction(kind, "ECHO: kept", "commit")
@@ -542,6 +559,7 @@ def test_a_job_is_there_once_its_transaction_has_committed(client: Client, kind:
     assert client.get(job.id).state is State.SUCCEEDED
 
 
+@not_over_http
 @pytest.mark.parametrize("kind", ["session", "psycopg"])
 def test_a_job_is_never_there_if_its_transaction_is_rolled_back(client: Client, kind: str) -> None:
     job = client.submit_in_transaction(kind, "ECHO: never", "rollback")
@@ -609,6 +627,22 @@ def test_a_closed_client_says_so(client: Client) -> None:
     for act in actions:
         with pytest.raises(SluiceError, match="this client is closed"):
             act()
+
+
+@only_over_http
+def test_what_needs_the_database_itself_is_refused_over_http(client: Client) -> None:
+    sluice = client.client
+    acts: list[Callable[[], Any]] = [lambda: sluice.replies("crm", "one")]
+    if client.loop is None:
+        acts += [
+            lambda: sluice.submit_batch("summary", ["one"]),
+            lambda: sluice.batch(uuid4()),
+        ]
+    for act in acts:
+        with pytest.raises(SluiceError, match="cannot be had over HTTP"):
+            act()
+    with pytest.raises(InvalidJob, match="cannot be joined over HTTP"):
+        client.submit("draft", "hi", connection=object())
 
 
 @only_threads

@@ -27,7 +27,7 @@ from tests.polling import eventually
 
 EXAMPLES = {words: command.epilog.removeprefix("Example: ") for words, command in COMMANDS.items()}
 #: These run until they are stopped, or bring a fleet of their own.
-FOREGROUND = {"sluice up", "sluice worker", "sluice sweep", "sluice demo"}
+FOREGROUND = {"sluice up", "sluice worker", "sluice sweep", "sluice demo", "sluice http"}
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 _FAIL = """

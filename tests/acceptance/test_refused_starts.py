@@ -218,6 +218,45 @@ def test_up_with_a_flower_that_others_could_open(up: Up, tmp_path: Path) -> None
     assert not (tmp_path / "data").exists()
 
 
+def test_up_with_an_address_for_http_that_cannot_be(up: Up, tmp_path: Path) -> None:
+    assert "--http: 'here' is not PORT or HOST:PORT" in up("--sandbox", "--http", "here").refused()
+    said = up("--sandbox", "--http", "0.0.0.0:0").refused()
+    assert said.endswith("others reach 0.0.0.0; use 127.0.0.1")
+    with _taken_port() as port:
+        said = up("--sandbox", "--http", str(port)).refused()
+    assert said.startswith(f"sluice: --http: cannot listen on port {port} of 127.0.0.1 ")
+    assert not (tmp_path / "data").exists()
+
+
+def test_up_with_http_beside_it(up: Up) -> None:
+    fleet = up("--sandbox", "--no-bulk", "--http", "0", PYTHONUNBUFFERED="1")
+    url = fleet.says(r"HTTP: (http://127\.0\.0\.1:\d+)/docs\n")
+    body = json.dumps({"prompt": "ECHO: hello", "useCase": "draft"}).encode()
+    with urllib.request.urlopen(f"{url}/api/llm", data=body, timeout=60) as answer:
+        assert json.loads(answer.read())["text"] == "hello"
+    fleet.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sandbox", "--host", "0.0.0.0"], "--sandbox: lets everybody in without a key"),
+        (["--host", "nowhere.invalid"], "--port: cannot listen on port 3002 of nowhere.invalid"),
+        (["--port", "70000"], "less than or equal to 65535"),
+    ],
+)
+def test_http_that_is_started_wrongly(run: Run, arguments: list[str], sentence: str) -> None:
+    assert sentence in run(*SLUICE, "http", *arguments)
+
+
+def test_http_with_a_port_that_is_taken(run: Run) -> None:
+    with _taken_port() as port:
+        said = run(*SLUICE, "http", "--port", str(port))
+    assert re.search(
+        rf"--port: cannot listen on port {port} of 127\.0\.0\.1 .*choose another", said
+    )
+
+
 def test_up_without_a_key(up: Up) -> None:
     said = up().refused()
     assert "set OPENAI_API_KEY or ANTHROPIC_API_KEY" in said

@@ -26,7 +26,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sluicegate.shared.errors import SluiceError
-from tests.benchmarks import cost, reports
+from tests.benchmarks import cost, http_cases, reports
 from tests.benchmarks.cases import CASES, GATED, UNGATED, Case
 from tests.benchmarks.gate_cases import GATE_CASES, Figures, GateCase
 from tests.benchmarks.measuring import BenchError, Cores, Measured, Summary, summarise
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     width = None if sys.stderr.isatty() else 160
     console = Console(stderr=True, quiet=options.json_only, width=width)
-    if options.cost or options.reports:
-        return _money(options, console)
+    if options.cost or options.reports or options.http:
+        return _alone(options, console)
     cases = [case for case in CASES if not options.case or case.name in options.case]
     gate_cases = [case for case in GATE_CASES if not options.case or case.name in options.case]
     if options.tiny:
@@ -78,11 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _money(options: argparse.Namespace, console: Console) -> int:
-    """Measure what jobs cost, or how long reports take."""
+def _alone(options: argparse.Namespace, console: Console) -> int:
+    """Measure what jobs cost, how long reports take, or the HTTP door."""
     try:
         if options.cost:
             cost.main(console)
+        elif options.http:
+            http_cases.main(
+                console,
+                rounds=options.rounds,
+                seconds=options.seconds,
+                tiny=options.tiny,
+                only=options.case or (),
+            )
         else:
             entries = reports.TINY if options.tiny else reports.ENTRIES
             reports.main(console, entries=entries, rounds=options.rounds)
@@ -215,7 +223,8 @@ def table(summaries: Sequence[Summary], rounds: int, seconds: float) -> Table:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="Measures speed, as ratios.")
-    names = [*(case.name for case in CASES), *(case.name for case in GATE_CASES)]
+    names = [case.name for case in CASES] + [case.name for case in GATE_CASES]
+    names += http_cases.CASES
     parser.add_argument(
         "--case", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}"
     )
@@ -227,6 +236,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--reports",
         action="store_true",
         help=f"only how long reports over {reports.ENTRIES:,} cost entries take",
+    )
+    alone.add_argument(
+        "--http", action="store_true", help="only what requests over HTTP cost and wait"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6, help="length of each window")

@@ -111,6 +111,9 @@ def test_all_of_it_and_nobody_elses(
     assert KEY not in text
     assert "other" not in text
     lines = [json.loads(line) for line in text.splitlines()]
+    changes = [line for line in lines if line["type"] == "change"]
+    lines = [line for line in lines if line["type"] != "change"]
+    assert {change["kind"] for change in changes} >= {"account", "provider", "budget"}
     kinds = [line["type"] for line in lines]
     assert kinds == ["account", "provider", "budget", "alert", "batch", "job", "job", "job"]
     account, provider, budget, alert, of_batch, *jobs = lines

@@ -104,6 +104,21 @@ def test_submit_reads_a_pipe_when_there_is_no_prompt(
     assert request_of(engine).request["messages"][0]["content"][0]["text"] == "piped"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stdin"),
+    [(("Write to Ada.",), ""), ((), "Write to Ada.")],
+    ids=["named", "piped"],
+)
+def test_submit_without_a_use_case_has_it_chosen(
+    sluice: Command, serve: Serve, engine: Engine, arguments: tuple[str, ...], stdin: str
+) -> None:
+    with serve(lambda worker: worker.answer("ok")):
+        assert sluice("submit", *arguments, stdin=stdin).code == 0
+    request = request_of(engine).request
+    assert (request["use_case"], request["use_case_detected"]) == ("general", True)
+    assert "Write to Ada." in str(request["messages"])
+
+
 def test_submit_takes_prompt_and_schema_from_files(
     sluice: Command, serve: Serve, engine: Engine, tmp_path: Path
 ) -> None:
@@ -213,7 +228,7 @@ def test_a_failed_job_is_one_line_and_code_1(
     [
         (("submit", "nope", "hi"), "use_case"),
         (("submit", "draft", ""), "prompt"),
-        (("submit",), "Missing argument 'use_case'; see `sluice submit --help`"),
+        (("submit",), "prompt: must not be empty"),
         (("submit", "draft", "hi", "--max-tokens", "0"), "--max-tokens: must be"),
         (("submit", "draft", "hi", "--max-tokens", "many"), "--max-tokens"),
         (("submit", "draft", "hi", "--account", "nobody"), "account"),
@@ -401,7 +416,7 @@ def test_a_command_imports_no_provider_sdk_and_no_worker_library() -> None:
 
 def test_the_root_starts_without_what_commands_import() -> None:
     probe = (
-        "import sys, sluicegate.cli; sluicegate.cli.run(['submit']);"
+        "import sys, sluicegate.cli; sluicegate.cli.run(['submit', '--unknown']);"
         "print([m for m in ('sqlalchemy', 'celery', 'redis') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -144,6 +144,7 @@ async def test_system_turns_and_images_are_counted(clients: Clients) -> None:
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"stage": {"enum": ["won", "lost"]}, "note": {"type": "string"}},
+    "additionalProperties": False,
 }
 FITTED = {"stage": "won", "note": "confirmed"}
 
@@ -201,6 +202,106 @@ async def test_tools_at_anthropic(clients: Clients) -> None:
     after = await clients.claude.messages.create(messages=messages, **request)
     assert after.content[0].type == "text"
     assert after.content[0].text == "thanks"
+
+
+async def test_several_tools_at_once(clients: Clients) -> None:
+    names = ["set_stage", "add_note"]
+    prompt = "TOOL: set_stage, add_note"
+    request: dict[str, Any] = {
+        "model": OPENAI_MODEL,
+        "messages": [{"role": "user", "content": prompt}],
+        "tools": [
+            {"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in names
+        ],
+    }
+    whole = await clients.gpt.chat.completions.create(**request)
+    calls = whole.choices[0].message.tool_calls
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [
+        (name, FITTED) for name in names
+    ]
+    async with clients.gpt.chat.completions.stream(**request) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.tool_calls[1].function.arguments == json.dumps(
+        FITTED, separators=(",", ":")
+    )
+    one = await clients.gpt.chat.completions.create(**request, parallel_tool_calls=False)
+    assert len(one.choices[0].message.tool_calls) == 1
+
+    request = {
+        "model": ANTHROPIC_MODEL,
+        "max_tokens": 500,
+        "messages": [{"role": "user", "content": prompt}],
+        "tools": [{"name": name, "input_schema": SCHEMA} for name in names],
+    }
+    message = await clients.claude.messages.create(**request)
+    assert [(block.name, block.input) for block in message.content] == [(n, FITTED) for n in names]
+    assert len({block.id for block in message.content}) == 2
+    async with clients.claude.messages.stream(**request) as events:
+        final = await events.get_final_message()
+    assert [block.input for block in final.content] == [FITTED, FITTED]
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    message = await clients.claude.messages.create(**request, tool_choice=choice)
+    assert [block.name for block in message.content] == names[:1]
+
+
+GPT_REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("gpt-6-luna", {"temperature": 0.5}),
+    ("gpt-6-luna", {"top_p": 0.5}),
+    ("gpt-6-luna", {"stop": ["END"]}),
+    ("gpt-4o-mini", {"reasoning_effort": "low"}),
+    ("gpt-6-luna", {"parallel_tool_calls": True}),
+    ("gpt-6-luna", {"tool_choice": "auto"}),
+    (
+        "gpt-6-luna",
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+            }
+        },
+    ),
+    ("gpt-6-luna", {"messages": [{"role": "tool", "tool_call_id": "c1", "content": "x"}]}),
+]
+CLAUDE_REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("claude-haiku-5-5", {"extra_body": {"temperature": 1}}),
+    ("claude-haiku-5-5", {"stop_sequences": ["\n"]}),
+    ("claude-haiku-4-5", {"output_config": {"effort": "low"}}),
+    ("claude-haiku-5-5", {"tools": [{"name": "x", "input_schema": {"properties": {}}}]}),
+    (
+        "claude-haiku-5-5",
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+    ),
+    ("claude-haiku-5-5", {"messages": [{"role": "user", "content": " "}]}),
+    (
+        "claude-haiku-5-5",
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "c1", "name": "x", "input": {}}],
+                },
+                {"role": "user", "content": "well?"},
+            ]
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "more"), GPT_REFUSED, ids=str)
+async def test_what_openai_would_refuse(clients: Clients, model: str, more: dict[str, Any]) -> None:
+    hello: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+    with pytest.raises(openai.BadRequestError):
+        await clients.gpt.chat.completions.create(model=model, **(hello | more))
+
+
+@pytest.mark.parametrize(("model", "more"), CLAUDE_REFUSED, ids=str)
+async def test_what_anthropic_would_refuse(
+    clients: Clients, model: str, more: dict[str, Any]
+) -> None:
+    hello: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+    with pytest.raises(anthropic.BadRequestError):
+        await clients.claude.messages.create(model=model, max_tokens=50, **(hello | more))
 
 
 async def test_json_schemas(clients: Clients) -> None:

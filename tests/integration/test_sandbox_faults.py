@@ -368,7 +368,7 @@ async def test_an_answer_without_usage(
 def test_every_fault_is_tested_here() -> None:
     wholesome = {
         *(Fault.MISSING_TERMINAL, Fault.SLOW_FIRST_TOKEN, Fault.SLOW_DRIP),
-        *(Fault.CONTENT_FILTER, Fault.REFUSAL, Fault.ANSWER_TEXT, Fault.NO_USAGE),
+        *(Fault.CONTENT_FILTER, Fault.REFUSAL, Fault.ANSWER_TEXT, Fault.NO_USAGE, Fault.BAD_JSON),
     }
     assert {fault for fault, _ in BROKEN} | REFUSALS.keys() | wholesome == set(Fault)
 

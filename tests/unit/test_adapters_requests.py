@@ -247,22 +247,102 @@ def test_a_choice_without_tools_is_not_sent() -> None:
 
 
 def test_response_format_and_effort() -> None:
-    schema = {"type": "object", "properties": {"mood": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"mood": {"type": "string", "maxLength": 9}}}
     spec = build_spec(
         "draft",
         "Mood?",
         response_format=ResponseFormat(name="mood", json_schema=schema),
         effort="low",
     )
+    strict = {
+        "type": "object",
+        "properties": {"mood": {"type": "string", "description": "{maxLength: 9}"}},
+        "required": ["mood"],
+        "additionalProperties": False,
+    }
     assert gpt(spec)["response_format"] == {
         "type": "json_schema",
-        "json_schema": {"name": "mood", "schema": schema, "strict": True},
+        "json_schema": {"name": "mood", "schema": strict, "strict": True},
     }
     assert gpt(spec)["reasoning_effort"] == "low"
     assert claude(spec)["output_config"] == {
-        "format": {"type": "json_schema", "schema": schema},
+        "format": {"type": "json_schema", "schema": strict},
         "effort": "low",
     }
+
+
+def test_a_schema_that_cannot_be_strict_is_a_hint_or_asked_for_in_words() -> None:
+    """Anthropic's API refuses it; OpenAI's does where it is to be strict."""
+    schema = {"type": "object", "additionalProperties": {"type": "string"}}
+    asked = ResponseFormat(json_schema=schema)
+    spec = build_spec("draft", "Moods?", system="Be brief.", response_format=asked)
+    assert gpt(spec)["response_format"]["json_schema"] == {
+        "name": "answer",
+        "schema": schema,
+        "strict": False,
+    }
+    assert "output_config" not in claude(spec)
+    system = claude(spec)["system"]
+    assert system.startswith("Be brief.\n\nAnswer with JSON alone")
+    assert system.endswith('{"type":"object","additionalProperties":{"type":"string"}}')
+
+
+def test_parallel_tool_calls() -> None:
+    for wanted in (True, False):
+        spec = build_spec("draft", "Hi", tools=(WEATHER,), parallel_tool_calls=wanted)
+        assert gpt(spec)["parallel_tool_calls"] is wanted
+    assert "tool_choice" not in gpt(spec)
+    assert claude(spec)["tool_choice"] == {"type": "auto", "disable_parallel_tool_use": True}
+    forced = spec.model_copy(update={"tool_choice": "required"})
+    assert claude(forced)["tool_choice"] == {"type": "any", "disable_parallel_tool_use": True}
+    never = spec.model_copy(update={"tool_choice": "none"})
+    assert claude(never)["tool_choice"] == {"type": "none"}
+
+
+def test_sampling_and_stop() -> None:
+    spec = build_spec("draft", "Hi", temperature=0.5, top_p=0.9, stop=("END",))
+    assert {name: gpt(spec)[name] for name in ("temperature", "top_p", "stop")} == {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop": ("END",),
+    }
+    assert claude(spec)["stop_sequences"] == ("END",)
+    assert not {"temperature", "top_p"} & claude(spec).keys()
+
+
+def test_results_in_several_messages_follow_the_calls_that_they_answer() -> None:
+    """Clients of OpenAI's wire send a message for each result, and may say something between."""
+    spec = turns(
+        ("user", (TextPart(text="Weather?"),)),
+        (
+            "assistant",
+            (
+                TextPart(text=" \n"),
+                ToolCallPart(id="c1", name="weather", arguments={}),
+                ToolCallPart(id="functions.weather:1", name="weather", arguments={}),
+            ),
+        ),
+        ("user", (ToolResultPart(tool_call_id="c1", content="sunny"), TextPart(text="Well?"))),
+        ("user", (ToolResultPart(tool_call_id="functions.weather:1", content="wet"),)),
+    )
+    calls = gpt(spec)["messages"][1]["tool_calls"]
+    assert [message["role"] for message in gpt(spec)["messages"][2:]] == ["tool", "tool", "user"]
+    assert [message.get("tool_call_id") for message in gpt(spec)["messages"][2:4]] == [
+        call["id"] for call in calls
+    ]
+    _, said, answered = claude(spec)["messages"]
+    # An id that Anthropic would refuse is another, and the same, in call and result.
+    assert [part["id"] for part in said["content"]] == [call["id"] for call in calls]
+    assert calls[0]["id"] == "c1"
+    assert calls[1]["id"].replace("_", "").isalnum()
+    assert [part["type"] for part in answered["content"]] == ["tool_result"] * 2 + ["text"]
+
+
+def test_tool_parameters_without_a_type_are_an_object() -> None:
+    spec = build_spec("draft", "Hi", tools=(Tool(name="now", parameters={}),))
+    plain = {"type": "object", "properties": {}}
+    assert gpt(spec)["tools"][0]["function"]["parameters"] == plain
+    assert claude(spec)["tools"][0]["input_schema"] == plain
 
 
 _LAST = ("user", (TextPart(text="And?"),))
@@ -278,7 +358,8 @@ _LAST = ("user", (TextPart(text="And?"),))
 )
 @pytest.mark.parametrize("build", [gpt, claude])
 def test_what_no_wire_can_say_is_refused_before_it_is_sent(build: Any, messages: Any) -> None:
+    said = [Message(role=role, content=parts) for role, parts in messages]
     with pytest.raises(Fault) as caught:
-        build(turns(*messages))
+        build(JobSpec(use_case="draft", messages=tuple(said)))
     assert caught.value.error_class is ErrorClass.BAD_REQUEST
     assert not caught.value.sent

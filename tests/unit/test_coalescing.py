@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluicegate.workers.coalescing import Coalescer, run_apart
+from sluicegate.shared.coalescing import Coalescer, run_apart
 
 
 class _Doubling:

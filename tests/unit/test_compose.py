@@ -33,7 +33,7 @@ PROGRAMS = {
 
 
 def test_the_services() -> None:
-    assert set(SERVICES) == {"postgres", "redis", "migrate", "sweep", "flower", *WORKERS}
+    assert set(SERVICES) == {"postgres", "redis", "migrate", "sweep", "http", "flower", *WORKERS}
     for name, command in WORKERS.items():
         assert SERVICES[name]["command"] == command
 
@@ -58,6 +58,7 @@ def test_each_service_is_watched(name: str) -> None:
         ("sweep", "sweep"),
         ("migrate", "upgrade"),
         ("flower", "flower"),
+        ("http", "http"),
     ],
 )
 def test_each_command_exists(name: str, command: str) -> None:
@@ -97,9 +98,9 @@ def test_redis_forgets_nothing() -> None:
     assert "redis:/data" in SERVICES["redis"]["volumes"]
 
 
-def test_only_flower_is_published_and_only_on_this_machine() -> None:
+def test_what_is_published_is_so_on_this_machine_only() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert published == {"flower": ["127.0.0.1:5555:5555"]}
+    assert published == {"flower": ["127.0.0.1:5555:5555"], "http": ["127.0.0.1:3002:3002"]}
 
 
 def test_it_holds_no_secret() -> None:

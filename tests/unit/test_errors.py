@@ -75,6 +75,7 @@ def test_which_failures_pass_by_themselves() -> None:
         "bad_request",
         "context_too_long",
         "content_filter",
+        "invalid_answer",
         "cancelled",
         "internal",
     }

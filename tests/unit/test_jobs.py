@@ -104,7 +104,7 @@ def said(text: str, role: str = "user") -> Any:
             "messages.0.content.0.image.url",
         ),
         ({"prompt": [turn({"type": "file", "data": "?"})]}, "messages.0.content.0.file.data"),
-        ({"prompt": [said("x"), said("y", role="assistant")]}, "job"),
+        ({"prompt": [said("x"), said("y", role="assistant")]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 2**40}, "max_tokens"),
@@ -115,8 +115,8 @@ def said(text: str, role: str = "user") -> Any:
         ({"model": ""}, "model"),
         ({"tools": [TOOL | {"name": "with space"}]}, "tools.0.name"),
         ({"tools": "find_contact"}, "tools"),
-        ({"tool_choice": "required"}, "job"),
-        ({"tools": [TOOL], "tool_choice": "other"}, "job"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "other"}, "tool_choice"),
         ({"response_format": {"name": "x"}}, "response_format.json_schema"),
         ({"effort": "enormous"}, "effort"),
         ({"stream": "yes"}, "stream"),
@@ -128,7 +128,7 @@ def said(text: str, role: str = "user") -> Any:
         ({"tools": [TOOL | {"parameters": {"a": 2**70}}]}, "job"),
         ({"tools": [TOOL | {"parameters": {"a": object()}}]}, "job"),
         ({"version": 2}, "version"),
-        ({"temperature": 0.5}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
     ],
 )
 def test_bad_input_names_the_field(given: dict[str, Any], field: str) -> None:
@@ -146,7 +146,7 @@ def test_sizes_are_limited_apart() -> None:
     build_spec("draft", text)
     image = {"type": "image", "data": "A" * MAX_ATTACHMENT_BYTES}
     build_spec("vision", [turn({"type": "text", "text": text}, image)])
-    with pytest.raises(InvalidJob, match="1,500,000 are allowed"):
+    with pytest.raises(InvalidJob, match="10,000,000 are allowed"):
         build_spec("vision", [turn(image, IMAGE)])
     # The limit is in bytes of UTF-8, not in characters.
     with pytest.raises(InvalidJob, match="1,000,000 are allowed"):
@@ -188,6 +188,12 @@ FULL: dict[str, Any] = {
     "tool_choice": "find_contact",
     "response_format": {"json_schema": {"type": "object", "default": None}},
     "effort": "low",
+    "fallbacks": ("gpt-4o-mini",),
+    "parallel_tool_calls": False,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "stop": ("END",),
+    "use_case_detected": True,
     "stream": True,
     "metadata": {"b": "2", "a": "1"},
 }
@@ -255,7 +261,9 @@ def test_any_spec_reads_back_to_the_same_bytes(
     text: str, arguments: dict[str, Any], metadata: dict[str, str]
 ) -> None:
     call = {"type": "tool_call", "id": "1", "name": "t", "arguments": arguments}
-    spec = build_spec("draft", [turn(call, role="assistant"), said(text)], metadata=metadata)
+    found = {"type": "tool_result", "tool_call_id": "1", "content": text}
+    turns = [turn(call, role="assistant"), turn(found), said(text)]
+    spec = build_spec("draft", turns, metadata=metadata)
     again = JobSpec.model_validate_json(spec.dump())
     assert again == spec
     assert again.dump() == spec.dump()
@@ -281,3 +289,11 @@ def test_a_result_reads_back_and_says_cost_and_latency() -> None:
     assert str(result.cost) == "1.500000000"
     assert result.latency_s == 2.5
     assert Result(job_id=UUID(int=1), state=State.QUEUED, use_case="draft").latency_s is None
+
+
+def test_what_is_nested_too_deep_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(InvalidJob, match="JSON cannot carry"):
+        build_spec("draft", "x", tools=[{"name": "deep", "parameters": schema}])

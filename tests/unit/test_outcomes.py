@@ -103,6 +103,25 @@ def test_an_answer_books_what_the_provider_reported() -> None:
     orjson.dumps(settlement)
 
 
+def test_what_was_not_done_as_asked_is_in_the_result() -> None:
+    assert "warnings" not in outcomes.succeeded(JOB, ATTEMPT, PROVIDER, ANSWER, "gpt-4o")["body"]
+    spec = build_spec(
+        "general",
+        "hi",
+        effort="low",
+        response_format={"json_schema": {"type": "object"}},
+        use_case_detected=True,
+    )
+    cut = replace(ANSWER, finish_reason="length")
+    job = replace(JOB, spec=spec, repairs=1)
+    assert outcomes.succeeded(job, ATTEMPT, PROVIDER, cut, "gpt-4o")["body"]["warnings"] == [
+        "no use case was named, and the job was taken for general",
+        "effort is not taken by gpt-6-luna and was left out",
+        "an answer did not fit the JSON schema, and was asked for once more",
+        "the answer was cut by max_tokens, so it is no whole JSON",
+    ]
+
+
 def test_a_call_is_booked_at_the_tier_that_served_it() -> None:
     # Twice the price, in a project whose settings say so.
     answer = replace(ANSWER, service_tier="priority")

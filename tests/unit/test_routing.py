@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from sluicegate.shared.catalogue import Catalogue, Provider, UseCase
 from sluicegate.shared.errors import InvalidJob
 from sluicegate.shared.jobs import build_spec
-from sluicegate.shared.routing import Needs, answer_tokens, needs_of, route
+from sluicegate.shared.messages import FilePart, ImagePart, Message, TextPart
+from sluicegate.shared.routing import (
+    LONG_PROMPT_TOKENS,
+    Needs,
+    answer_tokens,
+    check_models,
+    detect_use_case,
+    needs_of,
+    route,
+)
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 MINE, THEIRS = UUID(int=1001), UUID(int=1002)
@@ -317,3 +326,92 @@ def test_the_answer_is_as_long_as_asked_or_as_the_use_case_says() -> None:
     assert answer_tokens(needs(max_tokens=7), case, small) == 7
     assert answer_tokens(needs(), case, small) == 100
     assert answer_tokens(needs(), case, row("b")) == 1024
+
+
+# What the caller named
+
+
+CHAIN = [
+    row("a", model="m-a"),
+    row("b", model="m-b", priority=1),
+    row("c", use_case=["voice"], model="m-c"),
+    row("d", use_case=(), failover=["draft"], model="m-d"),
+    row("e", use_case=["voice"], model="m-c", provider="anthropic", priority=200),
+]
+
+
+def test_a_model_comes_before_its_fallbacks_and_nothing_else_after() -> None:
+    wanted = needs(model="m-d", fallbacks=("m-c", "a"))
+    assert routed(*CHAIN, wanted=wanted) == ["d", "c", "e", "a"]
+
+
+def test_fallbacks_alone_come_after_who_is_meant_and_before_who_stands_in() -> None:
+    assert routed(*CHAIN) == ["b", "a", "d"]
+    assert routed(*CHAIN, wanted=needs(fallbacks=("e", "c"))) == ["b", "a", "e", "c", "d"]
+    assert routed(*CHAIN, wanted=needs(fallbacks=("d", "e"))) == ["b", "a", "d", "e"]
+    # Who is meant for it is so, named or not.
+    assert routed(*CHAIN, wanted=needs(fallbacks=("c", "a"))) == ["b", "a", "c", "d"]
+
+
+def test_a_model_that_is_its_own_fallback_is_asked_once() -> None:
+    assert routed(*CHAIN, wanted=needs(model="a", fallbacks=("m-a", "b"))) == ["a", "b"]
+
+
+def test_a_fallback_that_lacks_what_is_needed_is_passed_over() -> None:
+    rows = [*CHAIN, row("blind", use_case=(), capabilities=())]
+    wanted = needs(model="a", fallbacks=("blind", "b"), capabilities=frozenset({"vision"}))
+    assert routed(*rows, wanted=wanted) == ["a", "b"]
+
+
+def test_what_is_gone_since_the_job_was_submitted_is_passed_over() -> None:
+    assert routed(*CHAIN, wanted=needs(model="a", fallbacks=("gone", "b"))) == ["a", "b"]
+    assert routed(*CHAIN, wanted=needs(model="gone", fallbacks=("b",))) == ["b"]
+    assert routed(*CHAIN, wanted=needs(fallbacks=("gone",))) == ["b", "a", "d"]
+    assert refused(*CHAIN, wanted=needs(model="gone")).field == "model"
+
+
+@pytest.mark.parametrize(
+    ("named", "field"),
+    [
+        ({"model": "gone", "fallbacks": ("a",)}, "model"),
+        ({"model": "a", "fallbacks": ("b", "gone")}, "fallbacks"),
+        ({"fallbacks": ("gone",)}, "fallbacks"),
+    ],
+)
+def test_who_submits_is_told_of_an_unknown_name(named: dict[str, Any], field: str) -> None:
+    catalogue = Catalogue(tuple(CHAIN), {"draft": use_case()})
+    with pytest.raises(InvalidJob, match="'gone' is not in use here; there are a, b, c") as caught:
+        check_models(needs(**named), catalogue, account_id=MINE, mode="current", now=NOW)
+    assert caught.value.field == field
+
+
+# A use case that nobody named
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, "general"),
+        ({"tools": ({"name": "now"},)}, "complex"),
+        ({"system": "x" * 60_000}, "complex"),
+        ({"response_format": {"json_schema": {"type": "object"}}}, "general"),
+    ],
+)
+def test_the_use_case_follows_from_what_is_asked(asked: dict[str, Any], expected: str) -> None:
+    assert detect_use_case(build_spec("general", "hi", **asked)) == expected
+
+
+def test_what_is_to_be_seen_comes_first() -> None:
+    for part in (ImagePart(url="https://a.test/b"), FilePart(data="AAAA")):
+        message = Message(role="user", content=(part, TextPart(text="x" * 60_000)))
+        spec = build_spec("general", [message], tools=({"name": "now"},))
+        assert detect_use_case(spec) == "vision"
+
+
+def test_a_prompt_is_long_from_one_length_on() -> None:
+    lengths = range(40_000, 70_000, 500)
+    specs = [build_spec("general", "x" * length) for length in lengths]
+    tokens = [needs_of(spec).prompt_tokens for spec in specs]
+    found = [detect_use_case(spec) for spec in specs]
+    assert found == ["complex" if count >= LONG_PROMPT_TOKENS else "general" for count in tokens]
+    assert {*found} == {"general", "complex"}

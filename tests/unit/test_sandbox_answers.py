@@ -13,9 +13,9 @@ from sluicegate.workers.local.sandbox_answers import (
     prose,
 )
 from sluicegate.workers.local.sandbox_anthropic import AnthropicWire
+from sluicegate.workers.local.sandbox_checks import RefusedError
 from sluicegate.workers.local.sandbox_openai import OpenAIWire
 from sluicegate.workers.local.sandbox_prices import Usage
-from sluicegate.workers.local.sandbox_wire import RefusedError
 
 
 def ask(*lines: str, **more: Any) -> Ask:
@@ -99,7 +99,7 @@ def test_limit_cuts_text_and_reasoning(limit: int) -> None:
 
 
 def test_stop_sequences_cut() -> None:
-    got = answered(ask("ECHO: one END two", stop=["nowhere", "END"]))
+    got = answered(ask("ECHO: one END two", model="gpt-4o", stop=["nowhere", "END"]))
     assert (got.text, got.stop, got.stop_sequence) == ("one ", "sequence", "END")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +24,7 @@ from sluicegate.producers.submission import (
 )
 from sluicegate.shared.catalogue import Catalogue, Provider, UseCase
 from sluicegate.shared.errors import IdempotencyConflict, InvalidJob
-from sluicegate.shared.jobs import Lane, State, build_spec
+from sluicegate.shared.jobs import JobSpec, Lane, State, build_spec
 from sluicegate.shared.settings import Settings
 
 ACCOUNT = uuid4()
@@ -42,7 +43,7 @@ def provider(**values: Any) -> Provider:
         "failover": frozenset(),
         "max_tokens": 8000,
         "context_tokens": 2_000_000,
-        "capabilities": frozenset({"tools"}),
+        "capabilities": frozenset({"tools", "json_schema"}),
         "account_id": None,
         "catalogue": None,
         "priority": 1,
@@ -134,7 +135,26 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any]]] = [
     ("idempotency_key", "draft", "hi", {"idempotency_key": "\ud800"}),
     ("idempotency_key", "draft", "hi", {"idempotency_key": "k" * 256}),
     ("request_id", "draft", "hi", {"request_id": "a\nb"}),
-    ("temperature", "draft", "hi", {"temperature": 1}),
+    ("temperature", "draft", "hi", {"temperature": "warm"}),
+    ("temperature", "draft", "hi", {"temperature": 3}),
+    ("top_p", "draft", "hi", {"top_p": 0}),
+    ("stop", "draft", "hi", {"stop": 7}),
+    ("stop", "draft", "hi", {"stop": ["a", "b", "c", "d", "e"]}),
+    ("fallbacks", "draft", "hi", {"fallbacks": ["gpt-1"]}),
+    ("fallbacks", "draft", "hi", {"fallbacks": "openai-mini"}),
+    ("parallel_tool_calls", "draft", "hi", {"parallel_tool_calls": "no"}),
+    (
+        "response_format.json_schema",
+        "draft",
+        "hi",
+        {"response_format": {"json_schema": {"type": "objekt"}}},
+    ),
+    (
+        "response_format.json_schema",
+        None,
+        "hi",
+        {"response_format": {"json_schema": {"$ref": "https://a.test/b"}}},
+    ),
     ("metadata.a", "draft", "hi", {"metadata": {"a": 1}}),
 ]
 
@@ -150,7 +170,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any]]] = [
         ({"max_attempts": 0}, "max_attempts: must be greater than or equal to 1"),
         ({"effort": "huge"}, "effort: must be 'low', 'medium' or 'high'"),
         ({"tool_choice": "a b"}, "tool_choice: must be 1 to 64 letters, digits, - or _"),
-        ({"tool_choice": "required"}, "job: tool_choice needs tools"),
+        ({"tool_choice": "required"}, "tool_choice: needs tools; leave it out, or give some"),
         ({"idempotency_key": "k" * 256}, "idempotency_key: must have at most 255 characters"),
         ({"request_id": "a\nb"}, "request_id: must be text without control characters"),
     ],
@@ -181,6 +201,45 @@ def test_any_text_is_either_a_job_or_refused(prompt: str, key: str, account: str
         assert prompt.strip()
         assert "\x00" not in key
         job.request.decode()
+
+
+def wide_desk(*, complex_is_active: bool = True) -> Desk:
+    names = ("draft", "general", "complex", "vision")
+    cases = {name: use_case(name) for name in names}
+    cases["complex"] = replace(cases["complex"], is_active=complex_is_active)
+    return Desk(
+        settings=Settings(_env_file=None),
+        catalogue=Catalogue((provider(use_case=frozenset(names)),), cases),
+        accounts={"default": ACCOUNT},
+    )
+
+
+WEATHER = {"name": "weather", "parameters": {"type": "object"}}
+
+
+def test_a_use_case_that_is_left_out_is_chosen_by_what_is_asked() -> None:
+    plain = wide_desk().draft(read_request(None, "hello", {}))
+    assert (plain.use_case, plain.queue) == ("general", "general.anthropic")
+    assert JobSpec.model_validate_json(plain.request).use_case_detected
+    assert wide_desk().draft(read_request(None, "hi", {"tools": [WEATHER]})).use_case == "complex"
+    assert not JobSpec.model_validate_json(draft("general").request).use_case_detected
+
+
+def test_a_use_case_that_takes_no_jobs_is_not_chosen() -> None:
+    request = read_request(None, "hi", {"tools": [WEATHER]})
+    jobs = [wide_desk(complex_is_active=active).draft(request) for active in (True, False)]
+    assert [job.use_case for job in jobs] == ["complex", "general"]
+    # What was asked for is the same, so an idempotency key gives the same job.
+    assert jobs[0].request_hash == jobs[1].request_hash
+    named = wide_desk().draft(read_request("general", "hi", {"tools": [WEATHER]}))
+    assert named.request_hash != jobs[0].request_hash
+
+
+def test_fallbacks_are_among_what_is_asked() -> None:
+    assert draft(fallbacks=["openai-mini"]).queue == "draft.anthropic"
+    assert draft(model="openai-mini", fallbacks=["anthropic-haiku"]).queue == "draft.openai"
+    with pytest.raises(InvalidJob, match="'gpt-1' is not in use here; there are"):
+        draft(fallbacks=["openai-mini", "gpt-1"])
 
 
 def test_items_take_what_is_common_and_say_what_differs() -> None:

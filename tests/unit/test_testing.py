@@ -152,6 +152,16 @@ def test_a_tool_call_is_answered_whole_and_in_deltas(fake: FakeSluice) -> None:
     ]
 
 
+def test_what_was_not_done_as_asked_is_in_the_result(fake: FakeSluice) -> None:
+    result = fake.submit(None, "hi", temperature=0.5).result(0)
+    assert result.warnings == (
+        "no use case was named, and the job was taken for general",
+        "temperature is not taken by gpt-6-luna and was left out",
+    )
+    with pytest.raises(InvalidJob, match="use_case: must be named"):
+        fake.submit_batch(None, ["a"])  # type: ignore[arg-type]  # what is tested
+
+
 def test_a_stream_comes_in_the_pieces_that_the_test_says(fake: FakeSluice) -> None:
     fake.on("voice").streams("Good ", "mor", "ning")
     job = fake.submit("voice", "hi", stream=True)

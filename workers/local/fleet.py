@@ -27,6 +27,7 @@ from sluicegate.shared.tables import llm_providers, provider_keys
 from sluicegate.workers.cli import known_use_cases, worker_argv
 from sluicegate.workers.local.embedded import EmbeddedServer
 from sluicegate.workers.local.flower import Flower
+from sluicegate.workers.local.http_door import HttpDoor
 from sluicegate.workers.local.servers import EmbeddedPostgres, EmbeddedValkey
 from sluicegate.workers.local.supervisor import Child, Supervisor
 
@@ -34,8 +35,9 @@ from sluicegate.workers.local.supervisor import Child, Supervisor
 _STOP_MARGIN_S = 10.0
 #: Five Python processes that import an SDK each, on a machine that may be busy.
 _READY_TIMEOUT_S = 180.0
-#: Flower asks once, at its start, which workers there are: they come before it.
-_FLOWER_STAGE = 1
+#: Flower asks once, at its start, which workers there are: they come before it. So they do before
+#: who brings them work.
+_LAST_STAGE = 1
 #: What Celery writes past its logs when it is asked to stop.
 _CELERY_SAYS = ("worker: Warm shutdown", "worker: Hitting Ctrl+C again")
 
@@ -54,8 +56,8 @@ class Fleet:
 
     data_dir: where embedded servers keep their data and children their logs; a second fleet on
     the same folder is refused. sandbox: run the sandbox provider and send both pools to it.
-    flower: also run Flower, there. overrides: variables for all processes. Start it in the main
-    thread.
+    flower, http: also run Flower, and the HTTP producer, there. overrides: variables for all
+    processes. Start it in the main thread.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Fleet:
         sandbox: bool,
         bulk: bool = True,
         flower: Flower | None = None,
+        http: HttpDoor | None = None,
         echo: bool = False,
         fsync: bool = True,
         pools: tuple[str, ...] = POOLS,
@@ -75,6 +78,7 @@ class Fleet:
         self._sandbox = sandbox
         self._bulk = bulk
         self._flower = flower
+        self._http = http
         self._echo = echo
         self._fsync = fsync
         self._pools = pools
@@ -272,7 +276,9 @@ class Fleet:
             for lane in lanes
         ]
         if self._flower is not None:
-            children.append(self._flower.child(environment, stage=_FLOWER_STAGE))
+            children.append(self._flower.child(environment, stage=_LAST_STAGE))
+        if self._http is not None:
+            children.append(self._http.child(environment, stage=_LAST_STAGE))
         return children
 
     def _serves(self, pool: str, lane: Lane) -> bool:

@@ -41,13 +41,14 @@ from pydantic import BaseModel, ValidationError
 from sluicegate.workers.local.sandbox_answers import Ask
 from sluicegate.workers.local.sandbox_anthropic import AnthropicWire
 from sluicegate.workers.local.sandbox_calls import Pace, RunningCall, Wheel
+from sluicegate.workers.local.sandbox_checks import RefusedError
 from sluicegate.workers.local.sandbox_faults import Fault, FaultBook, FaultRule, Strike
 from sluicegate.workers.local.sandbox_http import Connection, Exchange, Request
 from sluicegate.workers.local.sandbox_limits import Dimension, Level, LimitBook, Limits
 from sluicegate.workers.local.sandbox_log import Call, CallLog
 from sluicegate.workers.local.sandbox_openai import OpenAIWire
 from sluicegate.workers.local.sandbox_prices import PRICES, wire_of
-from sluicegate.workers.local.sandbox_wire import MAX_MODEL_CHARS, RefusedError, Wire
+from sluicegate.workers.local.sandbox_wire import MAX_MODEL_CHARS, Wire
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -6,11 +6,13 @@ The rules, for both wires:
   tool definitions, joined by newlines) and of the answer; an image adds 1,000 tokens, a file 2,000.
 - An answer is whole sentences of 40 to 120 tokens, chosen by the SHA-256 of the prompt. A request
   for a JSON schema gets JSON that fits it; a forced tool gets a call with fitting arguments.
-- Lines of the system text or the last user message steer it; the last such line wins:
+- Lines of the system text or the last user message (a tool's result is one) steer it; the last
+  such line wins:
   `ECHO: xyz` answers exactly xyz; `TOKENS: n` makes the output n tokens; `REASONING: n` puts n
   reasoning tokens into the output; `CACHED: n`, `CACHE_WRITE: n`, `CACHE_WRITE_1H: n` (Anthropic
   only) declare prompt tokens as such; `INPUT: n` replaces the count of prompt tokens;
-  `TOOL: name` calls a tool of the request.
+  `TOOL: name` calls a tool of the request, `TOOL: one, another` several at once where the request
+  allows it.
 - Above the request's token limit the answer is cut, reasoning counting first.
 """
 
@@ -77,6 +79,9 @@ class Ask:
     files: int
     tools: dict[str, Any] = field(default_factory=dict)
     forced_tool: str | None = None
+    #: `tool_choice` forbids calls.
+    no_tools: bool = False
+    parallel: bool = True
     json_schema: dict[str, Any] | None = None
 
     def digest(self) -> bytes:
@@ -92,6 +97,8 @@ class Answer:
     stop: Stop
     usage: Usage
     tool: str | None = None
+    #: Further calls besides that one: each tool and its arguments as JSON text.
+    more_tools: tuple[tuple[str, str], ...] = ()
     stop_sequence: str | None = None
 
     def pieces(self) -> list[str]:
@@ -118,13 +125,16 @@ def answer(ask: Ask, digest: bytes, *, text: str | None = None) -> Answer:
     lines = dict(_DIRECTIVE.findall(f"{ask.system}\n{ask.last_user}"))
     reasoning = _number(lines, "REASONING") or 0
     tool: str | None = None
+    more: tuple[tuple[str, str], ...] = ()
     stop: Stop = "end"
     stop_sequence: str | None = None
 
     if text is None:
-        tool = ask.forced_tool or _named_tool(ask, lines)
+        named = _named_tools(ask, lines)
+        tool = ask.forced_tool or next(iter(named), None)
         if tool is not None:
             text, stop = _json(_fit(ask.tools[tool])), "tool"
+            more = tuple((name, _json(_fit(ask.tools[name]))) for name in named[1:])
         elif "ECHO" in lines:
             text = lines["ECHO"]
         elif ask.json_schema is not None:
@@ -139,9 +149,17 @@ def answer(ask: Ask, digest: bytes, *, text: str | None = None) -> Answer:
     if ask.max_tokens is not None and reasoning + count_tokens(text) > ask.max_tokens:
         reasoning = min(reasoning, ask.max_tokens)
         text = text[: (ask.max_tokens - reasoning) * CHARS_PER_TOKEN]
-        stop, stop_sequence = "length", None
-    usage = _usage(ask, lines, output=reasoning + count_tokens(text), reasoning=reasoning)
-    return Answer(text=text, stop=stop, usage=usage, tool=tool, stop_sequence=stop_sequence)
+        stop, stop_sequence, more = "length", None, ()
+    written = text + "".join(arguments for _, arguments in more)
+    usage = _usage(ask, lines, output=reasoning + count_tokens(written), reasoning=reasoning)
+    return Answer(
+        text=text,
+        stop=stop,
+        usage=usage,
+        tool=tool,
+        more_tools=more,
+        stop_sequence=stop_sequence,
+    )
 
 
 def prose(digest: bytes, *, tokens: int | None = None) -> str:
@@ -207,9 +225,12 @@ def _number(lines: dict[str, str], name: str) -> int | None:
     return min(int(value), MAX_DIRECTIVE_TOKENS)
 
 
-def _named_tool(ask: Ask, lines: dict[str, str]) -> str | None:
-    name = lines.get("TOOL", "").strip()
-    return name if name in ask.tools else None
+def _named_tools(ask: Ask, lines: dict[str, str]) -> list[str]:
+    if ask.no_tools:
+        return []
+    named = [name.strip() for name in lines.get("TOOL", "").split(",")]
+    known = [name for name in named if name in ask.tools]
+    return known if ask.parallel and ask.forced_tool is None else known[:1]
 
 
 def _json(value: object) -> str:

@@ -10,13 +10,13 @@ from typing import ClassVar
 import orjson
 
 from sluicegate.workers.local.sandbox_answers import Answer, Ask, Stop, json_string
+from sluicegate.workers.local.sandbox_checks import RefusedError, check_messages
 from sluicegate.workers.local.sandbox_faults import Fault
 from sluicegate.workers.local.sandbox_limits import Dimension, Level, Shortage
-from sluicegate.workers.local.sandbox_prices import SANDBOX_PREFIX, Usage, WireName
+from sluicegate.workers.local.sandbox_prices import Usage, WireName
 from sluicegate.workers.local.sandbox_wire import (
     Json,
     Reading,
-    RefusedError,
     Reply,
     Script,
     Trouble,
@@ -128,17 +128,7 @@ class AnthropicWire:
         max_tokens = read_limit(body, "max_tokens")
         if max_tokens is None:
             raise RefusedError(Fault.HTTP_400, "max_tokens: Field required", "max_tokens")
-        for name in ("temperature", "top_p", "top_k"):
-            if name in body:
-                raise RefusedError(Fault.HTTP_400, f"{name}: Extra inputs are not permitted", name)
-        last_role = messages[-1].get("role")
-        if last_role == "assistant" and not model.startswith(SANDBOX_PREFIX):
-            raise RefusedError(
-                Fault.HTTP_400,
-                "This model does not support assistant message prefill. The conversation must end"
-                " with a user message.",
-                "messages",
-            )
+        check_messages(body, model, messages)
         reading = Reading()
         system = reading.content(body.get("system"), "system")
         last_user = ""
@@ -156,6 +146,8 @@ class AnthropicWire:
         tools = read_tools(body, "input_schema")
         if tools:
             reading.data(body["tools"])
+        choice = body.get("tool_choice")
+        choice = choice if isinstance(choice, dict) else {}
         output = body.get("output_config")
         output_format = output.get("format") if isinstance(output, dict) else None
         schema = output_format.get("schema") if isinstance(output_format, dict) else None
@@ -173,6 +165,8 @@ class AnthropicWire:
             files=reading.files,
             tools=tools,
             forced_tool=read_forced_tool(body.get("tool_choice"), tools),
+            no_tools=choice.get("type") == "none",
+            parallel=not choice.get("disable_parallel_tool_use"),
             json_schema=schema if isinstance(schema, dict) else None,
         )
 
@@ -182,18 +176,19 @@ class AnthropicWire:
         text = orjson.Fragment(json_string(answer.text))
         content: list[Json] = []
         if answer.tool is not None:
+            # Half an object is no object.
+            first = "{}" if answer.stop == "length" else answer.text
             content = [
                 {
                     "type": "tool_use",
-                    "id": call_id(reply, "toolu"),
-                    "name": answer.tool,
-                    "input": text,
+                    "id": call_id(reply, "toolu", number),
+                    "name": name,
+                    "input": orjson.Fragment(arguments.encode()),
                 }
+                for number, (name, arguments) in enumerate(
+                    [(answer.tool, first), *answer.more_tools]
+                )
             ]
-            if answer.stop == "length":  # half an object is no object
-                content[0]["input"] = {}
-            else:
-                content[0]["input"] = orjson.Fragment(answer.text.encode())
         elif answer.text:
             content = [{"type": "text", "text": text}]
         message = self._message(reply, content) | self._stop(answer)
@@ -222,7 +217,10 @@ class AnthropicWire:
         delta: Json = {"type": "message_delta", "delta": self._stop(answer)}
         if reply.usage:
             delta["usage"] = self._usage(answer.usage)
-        ending = _event({"type": "content_block_stop", "index": 0}) + _event(delta)
+        ending = _event({"type": "content_block_stop", "index": 0})
+        for number, (name, arguments) in enumerate(answer.more_tools, 1):
+            ending += _tool_block(number, call_id(reply, "toolu", number), name, arguments)
+        ending += _event(delta)
         return Script(
             prelude=_event({"type": "message_start", "message": start}) + _event({"type": "ping"}),
             opening=_event({"type": "content_block_start", "index": 0, "content_block": block}),
@@ -286,6 +284,16 @@ class AnthropicWire:
             "output_tokens_details": {"thinking_tokens": usage.reasoning},
             "service_tier": "standard",
         }
+
+
+def _tool_block(number: int, tool_id: str, name: str, arguments: str) -> bytes:
+    block: Json = {"type": "tool_use", "id": tool_id, "name": name, "input": {}}
+    delta: Json = {"type": "input_json_delta", "partial_json": arguments}
+    return (
+        _event({"type": "content_block_start", "index": number, "content_block": block})
+        + _event({"type": "content_block_delta", "index": number, "delta": delta})
+        + _event({"type": "content_block_stop", "index": number})
+    )
 
 
 def _event(data: Json) -> bytes:

@@ -22,6 +22,9 @@ from sluicegate.workers.local.sandbox_wire import Reply, Script, Wire
 RESET_DELAY_S = 0.02
 GARBAGE = b"<html><body><h1>502 Bad Gateway</h1><p>A proxy spoke out of turn.</p></body></html>"
 
+#: What the model says that does not keep to a schema.
+BAD_JSON = '{"sandbox": ["this is not what was asked for"]}'
+
 #: What the model says that declines.
 DECLINES = "I'm sorry, but I cannot help with that."
 
@@ -172,7 +175,11 @@ class RunningCall:
     # the answer
 
     def _make_answer(self) -> Answer:
-        text = self._args.text if self._fault is Fault.ANSWER_TEXT else None
+        text = None
+        if self._fault is Fault.ANSWER_TEXT:
+            text = self._args.text
+        elif self._fault is Fault.BAD_JSON:
+            text = BAD_JSON
         if self._fault is Fault.REFUSAL:
             made = answer(self._ask, self._digest, text=DECLINES)
             made.stop = "refusal"

@@ -61,6 +61,7 @@ class Fault(StrEnum):
     CONTENT_FILTER = "content_filter"  # cut off, with a stop reason that says so
     REFUSAL = "refusal"  # the model declines: at OpenAI in a field of its own
     ANSWER_TEXT = "answer_text"
+    BAD_JSON = "bad_json"  # JSON, and not what the schema asked for
     NO_USAGE = "no_usage"
 
 

@@ -10,13 +10,13 @@ from typing import ClassVar
 import orjson
 
 from sluicegate.workers.local.sandbox_answers import Ask, Stop, json_string
+from sluicegate.workers.local.sandbox_checks import RefusedError, check_chat
 from sluicegate.workers.local.sandbox_faults import Fault
 from sluicegate.workers.local.sandbox_limits import Dimension, Level, Shortage
 from sluicegate.workers.local.sandbox_prices import Usage, WireName
 from sluicegate.workers.local.sandbox_wire import (
     Json,
     Reading,
-    RefusedError,
     Reply,
     Script,
     Trouble,
@@ -144,6 +144,7 @@ class OpenAIWire:
         body, model, messages = read_common(request, self.name)
         if body.get("n") not in (None, 1):
             raise RefusedError(Fault.HTTP_400, "n: the sandbox gives one answer a call.", "n")
+        check_chat(body, model, messages)
         reading = Reading()
         system, last_user = [], ""
         for message in messages:
@@ -151,9 +152,9 @@ class OpenAIWire:
             match message.get("role"):
                 case "system" | "developer":
                     system.append(text)
-                case "user":
+                case "user" | "tool":
                     last_user = text
-                case "assistant" | "tool" | "function":
+                case "assistant" | "function":
                     if message.get("tool_calls"):
                         reading.data(message["tool_calls"])
                 case role:
@@ -177,6 +178,8 @@ class OpenAIWire:
             files=reading.files,
             tools=tools,
             forced_tool=read_forced_tool(body.get("tool_choice"), tools),
+            no_tools=body.get("tool_choice") == "none",
+            parallel=body.get("parallel_tool_calls") is not False,
             json_schema=self._schema(body.get("response_format")),
         )
 
@@ -186,9 +189,16 @@ class OpenAIWire:
         text = orjson.Fragment(json_string(answer.text))
         message: Json = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
         if answer.tool is not None:
-            function = {"name": answer.tool, "arguments": text}
-            call = {"id": call_id(reply, "call"), "type": "function", "function": function}
-            message |= {"content": None, "tool_calls": [call]}
+            made = [(answer.tool, answer.text), *answer.more_tools]
+            calls = [
+                {
+                    "id": call_id(reply, "call", number),
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for number, (name, arguments) in enumerate(made)
+            ]
+            message |= {"content": None, "tool_calls": calls}
         if answer.stop == "refusal":
             message |= {"content": None, "refusal": text}
         body = {
@@ -244,8 +254,25 @@ class OpenAIWire:
             opening = orjson.dumps({"role": "assistant", "content": None, "tool_calls": [call]})
             left, right = b'{"tool_calls":[{"index":0,"function":{"arguments":', b"}}]}"
         left, right = before + left, right + after
+        more = b""
+        for number, (name, arguments) in enumerate(answer.more_tools, 1):
+            call = {
+                "index": number,
+                "id": call_id(reply, "call", number),
+                "type": "function",
+                "function": {"name": name, "arguments": arguments},
+            }
+            more += before + orjson.dumps({"tool_calls": [call]}) + after
         finish = json_string(self._FINISH[answer.stop])
-        ending = before + b'{},"logprobs":null,"finish_reason":' + finish + b"}]" + usage + b"}\n\n"
+        ending = (
+            more
+            + before
+            + b'{},"logprobs":null,"finish_reason":'
+            + finish
+            + b"}]"
+            + usage
+            + b"}\n\n"
+        )
         if usage:
             final = orjson.dumps(self._usage(answer.usage))
             ending += b"data: " + head[:-1] + b',"choices":[],"usage":' + final + b"}\n\n"

@@ -14,22 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from sluicegate.workers.local.sandbox_answers import Answer, Ask
+from sluicegate.workers.local.sandbox_checks import RefusedError
 from sluicegate.workers.local.sandbox_faults import Fault
 from sluicegate.workers.local.sandbox_limits import Dimension, Level, Shortage
 from sluicegate.workers.local.sandbox_prices import WireName, serves
 
 Json = dict[str, Any]
 MAX_MODEL_CHARS = 128
-
-
-class RefusedError(Exception):
-    """The request cannot be served; `fault` names the error of the wire that says so."""
-
-    def __init__(self, fault: Fault, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.fault = fault
-        self.message = message
-        self.param = param
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,9 +207,9 @@ class Reading:
                 raise RefusedError(Fault.HTTP_400, f"{where}: part {other!r} is not valid.", where)
 
 
-def call_id(reply: Reply, prefix: str) -> str:
-    """Name a tool call."""
-    return f"{prefix}_{reply.answer_id}"
+def call_id(reply: Reply, prefix: str, number: int = 0) -> str:
+    """Name a tool call of the answer."""
+    return f"{prefix}_{reply.answer_id}" + (f"_{number}" if number else "")
 
 
 def read_strings(values: object) -> tuple[str, ...]:

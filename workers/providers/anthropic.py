@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, Final, cast
 
 import anthropic
 import httpx2
 import orjson
 
+from sluicegate.shared.answers import strict_schema
 from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.jobs import JobSpec
 from sluicegate.shared.messages import (
     FilePart,
     ImagePart,
-    Message,
     Part,
     TextPart,
     ToolCallPart,
@@ -22,6 +24,7 @@ from sluicegate.shared.messages import (
 )
 from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Call
+from sluicegate.workers.providers.call_ids import wire_id
 from sluicegate.workers.providers.decoding import count, load_json, mapping, string
 from sluicegate.workers.providers.failures import (
     Fault,
@@ -37,6 +40,9 @@ from sluicegate.workers.providers.transport import KEEPALIVE_S, HttpAdapter, tls
 #: How messages call it.
 _PROVIDER: Final = "the anthropic provider"
 OFFICIAL_URL: Final = "https://api.anthropic.com"
+_IN_WORDS: Final = (
+    "Answer with JSON alone, without a code fence around it, that fits this JSON schema:\n"
+)
 
 
 class AnthropicAdapter(HttpAdapter):
@@ -99,7 +105,7 @@ def build_request(call: Call) -> dict[str, Any]:
         "model": call.model,
         "max_tokens": call.max_tokens,
         "messages": [
-            {"role": message.role, "content": _content(message)} for message in spec.messages
+            {"role": role, "content": _content(role, [*parts])} for role, parts in _turns(spec)
         ],
     }
     if spec.system:
@@ -109,44 +115,68 @@ def build_request(call: Call) -> dict[str, Any]:
             {
                 "name": tool.name,
                 **({"description": tool.description} if tool.description else {}),
-                "input_schema": tool.parameters,
+                "input_schema": {"type": "object", "properties": {}} | tool.parameters,
             }
             for tool in spec.tools
         ]
-        if spec.tool_choice != "auto":
-            request["tool_choice"] = {"none": {"type": "none"}, "required": {"type": "any"}}.get(
-                spec.tool_choice, {"type": "tool", "name": spec.tool_choice}
-            )
+        if choice := _tool_choice(spec):
+            request["tool_choice"] = choice
     output: dict[str, Any] = {}
     if spec.response_format is not None:
-        output["format"] = {"type": "json_schema", "schema": spec.response_format.json_schema}
+        strict = strict_schema(spec.response_format.json_schema)
+        if strict is not None:
+            output["format"] = {"type": "json_schema", "schema": strict}
+        else:
+            # The API refuses such a schema. Asked for in words, what comes is checked all the same.
+            schema = orjson.dumps(spec.response_format.json_schema).decode()
+            request["system"] = "\n\n".join(filter(None, [spec.system, _IN_WORDS + schema]))
     if spec.effort is not None:
         output["effort"] = spec.effort
     if output:
         request["output_config"] = output
+    if spec.stop:
+        request["stop_sequences"] = spec.stop
     if call.stream:
         request["stream"] = True
     return request
 
 
-def _content(message: Message) -> str | list[dict[str, Any]]:
-    if len(message.content) == 1 and isinstance(message.content[0], TextPart):
-        return message.content[0].text
-    # Results come first: the API wants them right after the calls that they answer.
-    parts = sorted(message.content, key=lambda part: not isinstance(part, ToolResultPart))
+def _tool_choice(spec: JobSpec) -> dict[str, Any]:
+    """Return what to say of the tools besides their list; nothing if it is the usual."""
+    usual = {"auto": "auto", "none": "none", "required": "any"}
+    choice: dict[str, Any] = {"type": usual.get(spec.tool_choice, "tool")}
+    if choice["type"] == "tool":
+        choice["name"] = spec.tool_choice
+    if spec.parallel_tool_calls is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {} if choice == {"type": "auto"} else choice
+
+
+def _turns(spec: JobSpec) -> Iterator[tuple[str, Iterator[Part]]]:
+    """Make one of messages of the same side in a row: results have to come in one message."""
+    for role, messages in groupby(spec.messages, key=lambda message: message.role):
+        yield role, (part for message in messages for part in message.content)
+
+
+def _content(role: str, parts: Sequence[Part]) -> str | list[dict[str, Any]]:
+    # Text of blanks alone is refused; beside another part it says nothing.
+    said = [part for part in parts if not isinstance(part, TextPart) or part.text.strip()]
+    if len(said) == 1 and isinstance(said[0], TextPart):
+        return said[0].text
     allowed = (
         (TextPart, ImagePart, FilePart, ToolResultPart)
-        if message.role == "user"
+        if role == "user"
         else (TextPart, ToolCallPart)
     )
-    for part in parts:
+    for part in said:
         if not isinstance(part, allowed):
             raise Fault(
                 ErrorClass.BAD_REQUEST,
-                f"a message of the {message.role} holds a {part.type} part",
+                f"a message of the {role} holds a {part.type} part",
                 sent=False,
             )
-    return [_part(part) for part in parts]
+    # Results come first: the API wants them right after the calls that they answer.
+    return [_part(part) for part in sorted(said, key=lambda p: not isinstance(p, ToolResultPart))]
 
 
 def _part(part: Part) -> dict[str, Any]:
@@ -164,11 +194,16 @@ def _part(part: Part) -> dict[str, Any]:
                 "title": part.filename,
             }
         case ToolCallPart():
-            return {"type": "tool_use", "id": part.id, "name": part.name, "input": part.arguments}
+            return {
+                "type": "tool_use",
+                "id": wire_id(part.id),
+                "name": part.name,
+                "input": part.arguments,
+            }
         case ToolResultPart():
             result: dict[str, Any] = {
                 "type": "tool_result",
-                "tool_use_id": part.tool_call_id,
+                "tool_use_id": wire_id(part.tool_call_id),
                 "content": part.content,
             }
             if part.is_error:

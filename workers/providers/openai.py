@@ -8,12 +8,14 @@ compatible server that knows only `max_tokens` ignores it and answers up to its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, Final, cast
 
 import httpx2
 import openai
 import orjson
 
+from sluicegate.shared.answers import strict_schema
 from sluicegate.shared.errors import ErrorClass
 from sluicegate.shared.jobs import JobSpec
 from sluicegate.shared.messages import (
@@ -28,6 +30,7 @@ from sluicegate.shared.messages import (
 )
 from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Call
+from sluicegate.workers.providers.call_ids import wire_id
 from sluicegate.workers.providers.decoding import count, load_json, mapping, string
 from sluicegate.workers.providers.failures import (
     Fault,
@@ -106,36 +109,54 @@ def build_request(call: Call) -> dict[str, Any]:
         "max_completion_tokens": call.max_tokens,
     }
     if spec.tools:
-        request["tools"] = [
+        request |= _tools(spec)
+    if spec.response_format is not None:
+        asked = spec.response_format.json_schema
+        strict = strict_schema(asked)
+        request["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {
+                "name": spec.response_format.name,
+                "schema": asked if strict is None else strict,
+                # Without it the schema is only a hint; with it some schemas are refused.
+                "strict": strict is not None,
+            },
+        }
+    if spec.effort is not None:
+        request["reasoning_effort"] = spec.effort
+    if spec.temperature is not None:
+        request["temperature"] = spec.temperature
+    if spec.top_p is not None:
+        request["top_p"] = spec.top_p
+    if spec.stop:
+        request["stop"] = spec.stop
+    if call.stream:
+        request["stream"] = True
+        request["stream_options"] = {"include_usage": True}
+    return request
+
+
+def _tools(spec: JobSpec) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "tools": [
             {
                 "type": "function",
                 "function": {
                     "name": tool.name,
                     **({"description": tool.description} if tool.description else {}),
-                    "parameters": tool.parameters,
+                    "parameters": {"type": "object", "properties": {}} | tool.parameters,
                 },
             }
             for tool in spec.tools
         ]
-        if spec.tool_choice in ("none", "required"):
-            request["tool_choice"] = spec.tool_choice
-        elif spec.tool_choice != "auto":
-            request["tool_choice"] = {"type": "function", "function": {"name": spec.tool_choice}}
-    if spec.response_format is not None:
-        request["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {
-                "name": spec.response_format.name,
-                "schema": spec.response_format.json_schema,
-                "strict": True,  # without it the schema is only a hint
-            },
-        }
-    if spec.effort is not None:
-        request["reasoning_effort"] = spec.effort
-    if call.stream:
-        request["stream"] = True
-        request["stream_options"] = {"include_usage": True}
-    return request
+    }
+    if spec.parallel_tool_calls is not None:
+        said["parallel_tool_calls"] = spec.parallel_tool_calls
+    if spec.tool_choice in ("none", "required"):
+        said["tool_choice"] = spec.tool_choice
+    elif spec.tool_choice != "auto":
+        said["tool_choice"] = {"type": "function", "function": {"name": spec.tool_choice}}
+    return said
 
 
 def _messages(spec: JobSpec) -> list[dict[str, Any]]:
@@ -143,22 +164,25 @@ def _messages(spec: JobSpec) -> list[dict[str, Any]]:
     if spec.system:
         # Not `developer`: OpenAI takes `system` as that, and compatible servers know only `system`.
         messages.append({"role": "system", "content": spec.system})
-    for message in spec.messages:
-        messages += _user(message) if message.role == "user" else [_assistant(message)]
+    for role, turn in groupby(spec.messages, key=lambda message: message.role):
+        said = [*turn]
+        messages += _user(said) if role == "user" else map(_assistant, said)
     return messages
 
 
-def _user(message: Message) -> list[dict[str, Any]]:
+def _user(turn: Sequence[Message]) -> list[dict[str, Any]]:
     # Results come first: they must follow the calls that they answer. There is no word for
     # `is_error` here, the content has to tell.
     messages: list[dict[str, Any]] = [
-        {"role": "tool", "tool_call_id": part.tool_call_id, "content": part.content}
+        {"role": "tool", "tool_call_id": wire_id(part.tool_call_id), "content": part.content}
+        for message in turn
         for part in message.content
         if isinstance(part, ToolResultPart)
     ]
-    parts = [part for part in message.content if not isinstance(part, ToolResultPart)]
-    if parts:
-        messages.append({"role": "user", "content": _content(parts)})
+    for message in turn:
+        parts = [part for part in message.content if not isinstance(part, ToolResultPart)]
+        if parts:
+            messages.append({"role": "user", "content": _content(parts)})
     return messages
 
 
@@ -176,7 +200,7 @@ def _assistant(message: Message) -> dict[str, Any]:
     }
     calls = [
         {
-            "id": part.id,
+            "id": wire_id(part.id),
             "type": "function",
             "function": {"name": part.name, "arguments": orjson.dumps(part.arguments).decode()},
         }

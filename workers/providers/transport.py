@@ -30,6 +30,7 @@ import orjson
 
 from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.errors import ErrorClass
+from sluicegate.shared.messages import LARGE_BYTES, attachment_bytes
 from sluicegate.shared.secrets import Secret
 from sluicegate.workers.providers.base import Answer, Call, DeltaSink, ProviderError
 from sluicegate.workers.providers.decoding import load_json
@@ -91,7 +92,8 @@ class HttpAdapter(ABC):
         run = _Run(self._provider, call, reading, on_delta, started)
         self._in_flight += 1
         try:
-            body = self._body(call)
+            is_large = attachment_bytes(call.spec.messages) > LARGE_BYTES
+            body = await asyncio.to_thread(self._body, call) if is_large else self._body(call)
             async with _Connection(self._connections, call.deadlines.connect_s):
                 await self._exchange(run, body)
             finish_reason, tool_calls = reading.conclude()

@@ -1,0 +1,1 @@
+"""The HTTP producer: doors for whoever does not speak Python."""
