@@ -23,12 +23,10 @@ LIMITS: dict[str, Any] = {
     "http_head_timeout_s": 1.0,
     "http_body_timeout_s": 1.0,
     "http_keep_alive_s": 0.3,
-    "http_max_streams": 2,
     "http_max_connections": 40,
     "http_rate_per_s": 5.0,
     "http_rate_burst": 20,
     "http_stall_timeout_s": 0.5,
-    "http_queue_age_s": 1.0,
     "http_cors_origins": "https://crm.example.com, https://other.example.com",
 }
 
@@ -158,10 +156,9 @@ def test_requests_that_come_too_often(server: HttpServer, fresh: dict[str, str],
         eventually(lambda: client.get("/api/budget").is_success)
 
 
-def test_silence_is_filled_and_streams_are_counted(
-    server: HttpServer, fresh: dict[str, str]
-) -> None:
-    with httpx2.Client(base_url=server.url, headers=fresh, timeout=30) as client:
+def test_silence_is_filled_and_streams_are_counted(rig: Rig) -> None:
+    server = start_http(rig, http_max_streams=2, http_keep_alive_s=0.3)
+    with httpx2.Client(base_url=server.url, headers=server.headers, timeout=30) as client:
         url = client.post("/api/llm", json={"prompt": "a", "wait": 0}).headers["Location"]
         with client.stream("GET", f"{url}/events") as one:
             texts = one.iter_text()
@@ -330,10 +327,11 @@ def test_a_body_with_more_than_anybody_needs(server: HttpServer, fresh: dict[str
     assert httpx2.post(f"{server.url}/v1/chat/completions", json=foreign, headers=fresh).is_error
 
 
-def test_a_queue_that_is_too_old(server: HttpServer, fresh: dict[str, str], rig: Rig) -> None:
+def test_a_queue_that_is_too_old(rig: Rig) -> None:
     """Nobody works here: what waits gets older."""
+    server = start_http(rig, http_queue_age_s=1.0)
     body = {"prompt": "a", "useCase": "summary", "wait": 0}
-    with httpx2.Client(base_url=server.url, headers=fresh, timeout=30) as client:
+    with httpx2.Client(base_url=server.url, headers=server.headers, timeout=30) as client:
         (first, *_) = [client.post("/api/llm", json=body)]
         assert first.status_code == 202
 
