@@ -27,6 +27,8 @@ LIMITS: dict[str, Any] = {
     "http_rate_per_s": 5.0,
     "http_rate_burst": 20,
     "http_stall_timeout_s": 0.5,
+    # Nobody works here.
+    "http_queue_age_s": 3600.0,
     "http_cors_origins": "https://crm.example.com, https://other.example.com",
 }
 
