@@ -304,9 +304,10 @@ _REST: Final = f"""
 SELECT {{key}} AS key, {", ".join(f"sum({name})::bigint AS {name}" for name in _OF_REST)}
 FROM spend WHERE {{where}} AND failures + estimates > 0 GROUP BY 1
 """
+# Not ordered there: Postgres would take each entry for a day of its own, and sort all of them.
 _DAILY: Final = """
 SELECT {day} AS day, use_case, sum(amount_nano_usd)::bigint AS cost_nano_usd
-FROM cost_entries WHERE {where} GROUP BY 1, 2 ORDER BY 1, 2
+FROM cost_entries WHERE {where} GROUP BY 1, 2
 """
 _NAMES: Final = "SELECT id, name FROM accounts WHERE id = ANY(%(ids)s)"
 
@@ -366,7 +367,7 @@ class _Scope:
 
     def daily(self) -> list[DayCost]:
         """Return what each use case cost in each day."""
-        return [
+        costs = [
             DayCost(
                 day=self._days[row.day],
                 use_case=row.use_case,
@@ -374,6 +375,7 @@ class _Scope:
             )
             for row in self._ask(_DAILY, day=self._day)
         ]
+        return sorted(costs, key=lambda cost: (cost.day, cost.use_case))
 
     def _added_up(self, key: str) -> dict[Any, _Row]:
         found: defaultdict[Any, _Row] = defaultdict(_Row)
