@@ -26,13 +26,16 @@ class Address(NamedTuple):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-def read_address(option: str, text: str) -> Address:
-    """Read `PORT` or `HOST:PORT`; raise `SettingsError` that names the option."""
+def read_address(option: str, text: str, *, usual: int) -> Address:
+    """Read `PORT` or `HOST:PORT`; raise `SettingsError` that names the option.
+
+    usual: the port that the sentence gives as an example.
+    """
     host, _, number = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or LOOPBACK
     if not number.isascii() or not number.isdigit() or int(number) > _MOST:
         raise SettingsError(
-            f"{option}: {text!r} is not PORT or HOST:PORT, such as 3002 or 127.0.0.1:3002"
+            f"{option}: {text!r} is not PORT or HOST:PORT, such as {usual} or {LOOPBACK}:{usual}"
         )
     return Address(host, int(number))
 
@@ -44,8 +47,11 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def bind(address: Address, option: str) -> socket.socket:
-    """Return a socket that is bound there; raise `SettingsError` that says why it cannot be."""
+def bind(address: Address, what: str) -> socket.socket:
+    """Return a socket that is bound there; raise `SettingsError` that says why it cannot be.
+
+    what: how that sentence begins, such as `--port:`.
+    """
     line: socket.socket | None = None
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
@@ -61,7 +67,7 @@ def bind(address: Address, option: str) -> socket.socket:
             line.close()
         reason = getattr(problem, "strerror", None) or problem
         raise SettingsError(
-            f"{option}: cannot listen on port {address.port} of {address.host} ({reason}); choose "
+            f"{what} cannot listen on port {address.port} of {address.host} ({reason}); choose "
             "another, or 0 for a free one"
         ) from None
     return line

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -24,6 +23,7 @@ from sluicegate.producers.http.recent import Recent
 from sluicegate.producers.http.strangers import Strangers
 from sluicegate.producers.http.tokens import Tokens, refused
 from sluicegate.shared.accounts import DEFAULT_ACCOUNT, check_name, name_or_id
+from sluicegate.shared.addresses import is_loopback
 from sluicegate.shared.api_keys import PREFIX, hash_of, is_whole
 from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
 from sluicegate.shared.errors import InvalidJob
@@ -274,7 +274,7 @@ def _sandboxed(request: Request) -> _Bearer:
     """
     client = request.client
     host = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
-    is_here = client is not None and _is_loopback(client.host) and _is_loopback(host)
+    is_here = client is not None and is_loopback(client.host) and is_loopback(host)
     if not is_here or request.headers.get("Sec-Fetch-Site") == "cross-site":
         raise Problem(
             *(401, "unauthorized"),
@@ -288,13 +288,6 @@ def _sandboxed(request: Request) -> _Bearer:
         acts_for_others=True,
         what="sandbox",
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _forbidden(sentence: str) -> Problem:

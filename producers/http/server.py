@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from sluicegate.producers.http.app import make_app
 from sluicegate.producers.http.identity import Identity
+from sluicegate.producers.http.problems import Problem, body_of
 from sluicegate.shared.addresses import Address, bind, is_loopback
 from sluicegate.shared.errors import SettingsError
 from sluicegate.shared.settings import Settings
@@ -46,7 +47,7 @@ def run(settings: Settings, address: Address, *, is_sandbox: bool = False) -> No
             f"--sandbox: lets everybody in without a key, and others reach {address.host}; use "
             "127.0.0.1, or leave it out"
         )
-    line = bind(address, "--port")
+    line = bind(address, "--port:")
     _set_up_log()
     config = uvicorn.Config(
         _nothing,
@@ -221,8 +222,7 @@ class _Protocol(HttpToolsProtocol):
         """Answer in the native shape before there is a request, and close."""
         if self.transport.is_closing():
             return
-        error = {"code": code, "message": message, "field": None, "jobId": None, "requestId": ""}
-        body = orjson.dumps({"error": error})
+        body = orjson.dumps(body_of(Problem(status, code, message), ""))
         head = (
             f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"

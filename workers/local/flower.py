@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import sys
 from collections.abc import Mapping
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sluicegate.shared.addresses import LOOPBACK, bind, is_loopback, read_address
 from sluicegate.shared.errors import SettingsError
 from sluicegate.shared.secrets import Secret
 from sluicegate.workers.local.supervisor import Child
 
 #: The variable in which Flower itself looks for user and password.
 _AUTH = "FLOWER_BASIC_AUTH"
-_LOOPBACK = "127.0.0.1"
 _CONNECT_TIMEOUT_S = 1.0
 #: It only looks on, nothing is lost: a stop does not wait for what it has begun.
 _GRACE_S = 2.0
@@ -52,15 +51,12 @@ class Flower:
         Raises SettingsError for what is no address, for a port that is taken, for an address that
         others reach when nobody is asked for a password, and for a password that is none.
         """
-        host, _, number = address.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]") or _LOOPBACK
-        if not number.isascii() or not number.isdigit() or int(number) > 65_535:
-            raise SettingsError(
-                f"--flower: {address!r} is not PORT or HOST:PORT, such as 5555 or 127.0.0.1:5555"
-            )
+        wanted = read_address("--flower", address, usual=5555)
         authentication = _Authentication().basic_auth
-        _check_authentication(host, authentication)
-        return cls(host=host, port=_free_port(host, int(number)), authentication=authentication)
+        _check_authentication(wanted.host, authentication)
+        with bind(wanted, "--flower: Flower") as line:
+            port = line.getsockname()[1]
+        return cls(host=wanted.host, port=port, authentication=authentication)
 
     @property
     def url(self) -> str:
@@ -107,7 +103,7 @@ def _check_authentication(host: str, authentication: Secret | None) -> None:
         if not is_loopback(host):
             raise SettingsError(
                 f"--flower: others reach {host}, and Flower can stop workers and cancel jobs; set "
-                f"{_AUTH}=user:password, or use {_LOOPBACK}"
+                f"{_AUTH}=user:password, or use {LOOPBACK}"
             )
         return
     for one in authentication.get_secret_value().split(","):
@@ -116,29 +112,3 @@ def _check_authentication(host: str, authentication: Secret | None) -> None:
             raise SettingsError(
                 f"{_AUTH}: must look like user:password, several with commas between"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches this address or name."""
-    with suppress(ValueError):  # a name
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0; raise SettingsError if Flower could not listen."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-            return int(probe.getsockname()[1])
-    except (OSError, UnicodeError) as problem:  # the latter for what cannot be a host's name
-        reason = getattr(problem, "strerror", None) or problem
-        raise SettingsError(
-            f"--flower: Flower cannot listen on port {port} of {host} ({reason}); "
-            "choose another, or 0 for a free one"
-        ) from None

@@ -17,7 +17,7 @@ from celery.__main__ import main
 from tornado.httputil import HTTPServerRequest
 from tornado.web import ErrorHandler
 
-from sluicegate.workers.local.flower import is_loopback
+from sluicegate.shared.addresses import is_loopback
 
 _FORBIDDEN = 403
 

@@ -33,13 +33,13 @@ class HttpDoor:
         Raises `SettingsError` for what is no address, for one that is taken, and for one that
         others reach if nobody is asked for a key.
         """
-        address = read_address(_OPTION, text)
+        address = read_address(_OPTION, text, usual=3002)
         if is_sandbox and not is_loopback(address.host):
             raise SettingsError(
                 f"{_OPTION}: with --sandbox everybody is let in without a key, and others reach "
                 f"{address.host}; use 127.0.0.1"
             )
-        with bind(address, _OPTION) as line:
+        with bind(address, f"{_OPTION}:") as line:
             port = line.getsockname()[1]
         return cls(address=Address(address.host, port), is_sandbox=is_sandbox)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import ipaddress
 import os
 import resource
 import secrets
@@ -38,6 +37,7 @@ import orjson
 import uvloop
 from pydantic import BaseModel, ValidationError
 
+from sluicegate.shared.addresses import is_loopback
 from sluicegate.workers.local.sandbox_answers import Ask
 from sluicegate.workers.local.sandbox_anthropic import AnthropicWire
 from sluicegate.workers.local.sandbox_calls import Pace, RunningCall, Wheel
@@ -397,20 +397,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port-file", type=Path, help="also write the port here")
     parser.add_argument("--allow-remote", action="store_true", help="let --host be any address")
     options = parser.parse_args(arguments)
-    if not (options.allow_remote or _is_loopback(options.host)):
+    if not (options.allow_remote or is_loopback(options.host)):
         parser.error(f"{options.host} is not a loopback address; say --allow-remote to mean it")
     if not 0 <= options.port <= 65_535:
         parser.error("--port must be between 0 and 65535")
     if options.keep_calls < 1:
         parser.error("--keep-calls must be at least 1")
     return options
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _allow_many_connections() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, TypedDict
 from urllib.parse import urlsplit
 
+from sluicegate.shared.addresses import is_loopback
 from sluicegate.shared.admission.headroom import Headroom
 from sluicegate.shared.errors import ErrorClass, SluiceError
 from sluicegate.shared.jobs import JobSpec
@@ -183,7 +183,7 @@ class Adapters:
         Raises ProviderError, never sent: `auth` when there is no usable key (one is not needed on
         this machine's own addresses), `not_found` when `base_url` is no URL.
         """
-        local = base_url is not None and _is_loopback(base_url)
+        local = base_url is not None and _is_local(base_url)
         key = Secret(api_key.get_secret_value().strip() if api_key else "")
         if local and not key:
             key = SANDBOX_KEY
@@ -237,11 +237,10 @@ class Adapters:
 
 
 @lru_cache(maxsize=256)  # asked for at every call
-def _is_loopback(base_url: str) -> bool:
+def _is_local(base_url: str) -> bool:
     try:
-        host = urlsplit(base_url).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, or no URL at all
+        return is_loopback(urlsplit(base_url).hostname or "")
+    except ValueError:  # no URL at all
         return False
 
 
