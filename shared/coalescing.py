@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
+#: After a statement of so many items the next one waits for the whole spacing.
+_WHOLE_SPACING: Final = 4
+
 #: Runs one statement for all items and returns an outcome for each, in their order.
 Statement = Callable[[Sequence[T]], Awaitable[Sequence[R]]]
 
@@ -28,9 +31,11 @@ Statement = Callable[[Sequence[T]], Awaitable[Sequence[R]]]
 class Coalescer(Generic[T, R]):
     """Collects items and hands them to `statement` together.
 
-    Statements start at least `spacing_s` apart: the first after a pause starts at once, and under
-    load each carries what came meanwhile. `max_items` bounds a statement, `parallel` how many run
-    at the same time. `keeps` is for what must happen also when whoever asked for it is cancelled.
+    The first statement after a pause starts at once; then they start up to `spacing_s` apart, and
+    each carries what came meanwhile. Where that was little, the next need not wait for long: the
+    spacing grows with what the last one carried. `max_items` bounds a statement, `parallel` how
+    many run at the same time. `keeps` is for what must happen also when whoever asked for it is
+    cancelled.
     """
 
     def __init__(
@@ -89,8 +94,8 @@ class Coalescer(Generic[T, R]):
     def _start(self) -> None:
         self._timer = None
         loop = asyncio.get_running_loop()
-        self._next_start = loop.time() + self._spacing_s
         batch = self._waiting[: self._max_items]
+        self._next_start = loop.time() + self._spacing_s * min(1.0, len(batch) / _WHOLE_SPACING)
         del self._waiting[: self._max_items]
         self._free -= 1
         task = loop.create_task(self._run(batch))

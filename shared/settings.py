@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     reply_channel_max: Count = 100_000
     #: How often a waiting reader looks at the row itself, so that a lost event cannot hang it.
     reply_recheck_s: Seconds = 5
-    #: Deltas of one stream are collected this long before they are sent on.
+    #: Deltas of one stream are collected this long before they are sent on; the first is not.
     delta_interval_s: Seconds = 0.025
     #: How long a job's request and answer are kept after its end; at most a hundred years.
     body_retention_s: Annotated[float, Field(gt=0, le=3_155_760_000)] = 2_592_000
@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     beat_valid_s: Seconds = 10
     #: A beat that stands still this long, under unbroken watch, means a dead worker.
     dead_after_s: Seconds = 15
-    #: Statements of a kind start at least this far apart, so that under load each serves many jobs.
+    #: Statements of a kind start up to this far apart, so that under load each serves many jobs.
     spacing_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     #: The most jobs one statement carries.
     coalesce_max: Count = 100

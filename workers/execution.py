@@ -359,8 +359,7 @@ class Execution:
         parts, channel = self._parts, holding.channel
         returned = partial(reports.returned, job, plan)
         if job.lane is Lane.INTERACTIVE:
-            with parts.gates.giving_back(returned):
-                await parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
+            parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
         if job.id in self._unwanted:
             parts.gates.report(returned())
             return await self._end(job, outcomes.released(job, attempt))

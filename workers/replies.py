@@ -44,7 +44,7 @@ class Channel:
     worker that lost the job are kept out. The channel then falls silent: `lost`.
     """
 
-    __slots__ = ("_replies", "_text", "_tools", "fence", "key", "lost", "n", "streamed")
+    __slots__ = ("_replies", "_text", "_tools", "begun", "fence", "key", "lost", "n", "streamed")
 
     def __init__(self, replies: Replies, key: str, fence: int) -> None:
         self._replies = replies
@@ -55,15 +55,17 @@ class Channel:
         self.n = 0
         self.lost = False
         self.streamed = False
+        #: Ends when the beginning of the attempt is there, which deltas must not overtake.
+        self.begun: asyncio.Task[None] | None = None
 
     def delta(self, text: str, tool_calls: Sequence[ToolCallFragment] = ()) -> None:
-        """Add to the answer; it is sent within the delta interval."""
-        self.streamed = True
+        """Add to the answer; it is sent within the delta interval, the first of it at once."""
+        is_first, self.streamed = not self.streamed, True
         if not self.lost:
             if text:
                 self._text.append(text)
             self._tools.extend(tool_calls)
-            self._replies.note_dirty(self)
+            self._replies.note_dirty(self, at_once=is_first)
 
     def take(self) -> bytes | None:
         """Return what has come together as one event, or None."""
@@ -93,6 +95,13 @@ class Replies:
         self._dirty: dict[str, Channel] = {}
         self._sender: asyncio.Task[None] | None = None
         self._sending = asyncio.Lock()
+        self._flush = Coalescer[Channel, None](
+            statement=self._flush_many,
+            max_items=_APPEND_MAX,
+            spacing_s=settings.spacing_s,
+            parallel=1,  # each waits for the one before it in any case
+            keeps=True,
+        )
         self._append = Coalescer[tuple[str, str, bytes], None](
             statement=self._append_many,
             max_items=settings.coalesce_max,
@@ -104,37 +113,29 @@ class Replies:
         """Open the job's channel for this holder."""
         return Channel(self, self._prefix + reply_key(job_id), fence)
 
-    async def begin(self, channel: Channel, *, model: str, attempt: int) -> None:
-        """Say that an attempt has begun; from the second on, that what came before is void."""
+    def begin(self, channel: Channel, *, model: str, attempt: int) -> None:
+        """Say that an attempt has begun; from the second on, that what came before is void.
+
+        Its call need not wait for that, nor for a Redis that does not answer.
+        """
         channel.lost = False  # it may have been Redis that was away for a moment
         kind = "started" if attempt == 1 else "reset"
         payload = orjson.dumps({"type": kind, "model": model, "attempt": attempt})
-        try:
-            # Not `wait_for`: before Python 3.12 it may swallow a cancellation.
-            async with asyncio.timeout(_BEGIN_TIMEOUT_S):
-                if channel.streamed:
-                    # Deltas of the attempt before may be under way; this must not overtake them.
-                    async with self._sending:
-                        pass
-                channel.n += 1
-                await self._send(channel.key, event_id(channel.fence, channel.n), payload)
-        except TimeoutError:
-            # The call must not wait for Redis. Deltas could overtake the beginning: none are sent.
-            channel.lost = True
+        channel.begun = asyncio.create_task(self._begin(channel, payload, after=channel.begun))
 
     async def end(self, channel: Channel, payload: bytes) -> None:
         """Append what is left of the answer, then the terminal event: nothing can follow that."""
+        if channel.begun is not None:
+            await channel.begun
         if channel.streamed:
-            await self.flush(channel)
+            await self._flush(channel)
         await self._send(channel.key, terminal_id(channel.fence), payload)
 
-    async def flush(self, channel: Channel) -> None:
-        """Send the deltas that have come together, after those that are under way."""
-        async with self._sending:
-            await self._send_once([channel])
-
-    def note_dirty(self, channel: Channel) -> None:
-        """Have the channel's deltas sent at the end of the interval."""
+    def note_dirty(self, channel: Channel, *, at_once: bool) -> None:
+        """Have the channel's deltas sent at once, or at the end of the interval."""
+        if at_once:
+            self._flush.post(channel)
+            return
         self._dirty[channel.key] = channel
         if self._sender is None:
             self._sender = asyncio.get_running_loop().create_task(self._send_deltas())
@@ -144,6 +145,25 @@ class Replies:
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.gather(self._sender, return_exceptions=True)
+
+    async def _begin(
+        self, channel: Channel, payload: bytes, *, after: asyncio.Task[None] | None
+    ) -> None:
+        try:
+            # Not `wait_for`: before Python 3.12 it may swallow a cancellation.
+            async with asyncio.timeout(_BEGIN_TIMEOUT_S):
+                if after is not None:
+                    await asyncio.shield(after)
+                if channel.streamed:
+                    # Deltas of the attempt before may be under way; this must not overtake them.
+                    async with self._sending:
+                        pass
+                channel.n += 1
+                await self._send(channel.key, event_id(channel.fence, channel.n), payload)
+        except TimeoutError:
+            # Deltas could overtake the beginning: none are sent.
+            channel.lost = True
+            channel.discard()
 
     async def _send(self, key: str, id_: str, payload: bytes) -> None:
         try:
@@ -181,10 +201,19 @@ class Replies:
         finally:
             self._sender = None
 
+    async def _flush_many(self, channels: Sequence[Channel]) -> list[None]:
+        """Send the deltas that have come together, after those that are under way."""
+        async with self._sending:
+            await self._send_once(channels)
+        return [None] * len(channels)
+
     async def _send_once(self, channels: Sequence[Channel]) -> None:
         sent = []
         events: list[str | bytes] = []
         for channel in channels:
+            if channel.begun is not None and not channel.begun.done():
+                self.note_dirty(channel, at_once=False)
+                continue
             payload = channel.take()
             if payload is not None:
                 channel.n += 1

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from urllib.parse import urlsplit
 
 import httpx2
 from rich.console import Console
@@ -25,7 +26,7 @@ from rich.table import Table
 from sluicegate.producers.client import Sluice
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.queues import queue_name
-from tests.benchmarks.cases import USE_CASE
+from tests.benchmarks.cases import MODEL, USE_CASE
 from tests.benchmarks.measuring import BenchError, Cores, Processes
 from tests.benchmarks.stage import Stage, wait_until
 from tests.http_servers import free_port, http_argv, make_key
@@ -52,7 +53,7 @@ class Fleet:
     worker: Processes
 
     def load(self, mode: str, **options: object) -> list[str]:
-        """Return the arguments of Python for the clients."""
+        """Return the arguments of Python for the clients; `port` and `model` of a provider's."""
         arguments = ["-m", "tests.benchmarks.http_load", mode]
         named = {"port": self.port, "api_key": self.api_key} | options
         for name, value in named.items():
@@ -145,24 +146,40 @@ def _instant(fleet: Fleet) -> _Instant:
 
 def overhead(fleet: Fleet, seconds: float, *, tiny: bool) -> Figures:
     """What an answer takes beyond the provider's own time, at 50 requests a second."""
-    return _late(fleet, "rate", LATENCY_MS, seconds, tiny=tiny)
+    return _late(fleet, "rate", seconds, tiny=tiny)
 
 
 def first_token(fleet: Fleet, seconds: float, *, tiny: bool) -> Figures:
     """What a first token takes beyond the provider's own time, at 20 streams a second."""
-    return _late(fleet, "stream", FIRST_TOKEN_MS, seconds, tiny=tiny)
+    return _late(fleet, "stream", seconds, tiny=tiny)
 
 
-def _late(fleet: Fleet, mode: str, own_ms: float, seconds: float, *, tiny: bool) -> Figures:
+def _late(fleet: Fleet, mode: str, seconds: float, *, tiny: bool) -> Figures:
+    """Ask at a rate, first the provider itself, then us; return what we take longer."""
     per_s = {"rate": 50, "stream": 20}[mode] / (5 if tiny else 1)
-    stage = fleet.stage
-    with stage.process("clients", fleet.load(mode, per_s=per_s, seconds=seconds)) as load:
-        wait_until(lambda: load.poll() is not None, seconds + _START_S, "the clients do not end")
-    if load.returncode:
-        raise BenchError(f"the clients failed\n{stage.last_words()}")
-    late_ms = [took - own_ms for took in json.loads(stage.said("clients"))["ms"]]
+    provider = urlsplit(fleet.stage.sandbox.openai_base_url).port
+    own_ms = median(_times(fleet, mode, per_s, seconds, port=provider, model=MODEL))
+    late_ms = [took - own_ms for took in _times(fleet, mode, per_s, seconds)]
     percents = quantiles(late_ms, n=100, method="inclusive")
-    return {"p50_ms": percents[49], "p99_ms": percents[98], "worst_ms": max(late_ms)}
+    return {
+        "p50_ms": percents[49],
+        "p99_ms": percents[98],
+        "worst_ms": max(late_ms),
+        "provider_ms": own_ms,
+    }
+
+
+def _times(
+    fleet: Fleet, mode: str, per_s: float, seconds: float, **options: object
+) -> Sequence[float]:
+    stage = fleet.stage
+    load = fleet.load(mode, per_s=per_s, seconds=seconds, **options)
+    with stage.process("clients", load) as clients:
+        wait_until(lambda: clients.poll() is not None, seconds + _START_S, "the clients do not end")
+    if clients.returncode:
+        raise BenchError(f"the clients failed\n{stage.last_words()}")
+    times: list[float] = json.loads(stage.said("clients"))["ms"]
+    return times
 
 
 def idle_readers(fleet: Fleet, seconds: float, *, tiny: bool) -> Figures:

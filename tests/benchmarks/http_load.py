@@ -29,17 +29,27 @@ class Door:
 
     port: int
     api_key: str
+    #: If given, the provider itself is asked for this model: what an answer takes without us.
+    model: str = ""
     numbers: count[int] = field(default_factory=count)
 
     def request(self, *, stream: bool = False) -> bytes:
         """Return the next question."""
-        tokens = STREAMED_TOKENS if stream else ANSWER_TOKENS
-        ask: dict[str, Any] = {"prompt": prompt(next(self.numbers), tokens), "useCase": "general"}
-        if stream:
-            ask["stream"] = True
+        text = prompt(next(self.numbers), STREAMED_TOKENS if stream else ANSWER_TOKENS)
+        path, ask = "/api/llm", dict[str, Any](prompt=text, useCase="general", stream=stream)
+        if self.model:
+            messages = [{"role": "user", "content": text}]
+            path, ask = (
+                "/v1/chat/completions",
+                {
+                    "model": self.model,
+                    "messages": messages,
+                    "stream": stream,
+                },
+            )
         body = json.dumps(ask).encode()
         accept = "text/event-stream" if stream else "application/json"
-        return self._head("POST", "/api/llm", accept, len(body)) + body
+        return self._head("POST", path, accept, len(body)) + body
 
     def follow(self, job_id: str) -> bytes:
         """Return the request for a job's events."""
@@ -79,7 +89,7 @@ async def first_token(reader: asyncio.StreamReader) -> float:
         piece = await reader.readexactly(size + 2)
         if not size:
             return came_at
-        if not came_at and b"event: delta" in piece:
+        if not came_at and (b"event: delta" in piece or b'"delta":{"content"' in piece):
             came_at = time.perf_counter()
 
 
@@ -122,7 +132,7 @@ async def at_a_rate(
 
 async def main(options: argparse.Namespace) -> None:
     """Do what the command line says."""
-    door = Door(port=options.port, api_key=options.api_key)
+    door = Door(port=options.port, api_key=options.api_key, model=options.model)
     match options.mode:
         case "closed":
             async with asyncio.TaskGroup() as clients:
@@ -152,6 +162,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("mode", choices=["closed", "rate", "stream", "readers"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--api-key", required=True)
+    parser.add_argument("--model", default="", help="of a provider, whose port it is")
     parser.add_argument("--jobs", type=Path, help="a file with the ids of jobs to follow")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--per-s", type=float, default=50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import psycopg.errors
 import pytest
@@ -99,3 +100,34 @@ def test_only_the_culprits_fail(bad: set[int], size: int) -> None:
             assert isinstance(outcome, psycopg.errors.UntranslatableCharacter)
         else:
             assert outcome == 2 * item
+
+
+async def test_a_statement_holds_up_the_next_by_what_it_carried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now_s)
+
+    async def doubled(numbers: Sequence[int]) -> list[int]:
+        return [2 * n for n in numbers]
+
+    call = Coalescer(statement=doubled, max_items=100, spacing_s=1.0)
+
+    async def is_done(future: asyncio.Future[Any], at_s: float) -> bool:
+        nonlocal now_s
+        now_s = 1000.0 + at_s
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return future.done()
+
+    assert await is_done(asyncio.ensure_future(call(1)), 0.0)  # the first starts at once
+    alone = asyncio.ensure_future(call(2))
+    assert not await is_done(alone, 0.24)
+    assert await is_done(alone, 0.26)
+    together = asyncio.gather(*(call(n) for n in range(8)))
+    assert not await is_done(together, 0.50)
+    assert await is_done(together, 0.52)
+    after_many = asyncio.ensure_future(call(3))
+    assert not await is_done(after_many, 1.51)
+    assert await is_done(after_many, 1.53)
+    assert await after_many == 6
