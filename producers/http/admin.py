@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Final, Literal
 from uuid import UUID
 
 import redis
-from pydantic import StringConstraints
 from sqlalchemy import Connection
 from starlette.responses import Response
 
@@ -16,7 +15,7 @@ from sluicegate.producers.http.admin_providers import ProviderOf
 from sluicegate.producers.http.administering import at_gates, change, look, redis_client
 from sluicegate.producers.http.callers import Rule
 from sluicegate.producers.http.routes import Answer, Handler, Route, Visit, json_response
-from sluicegate.producers.http.shapes import Shape, Told
+from sluicegate.producers.http.shapes import Line, Shape, Told
 from sluicegate.shared.accounts import account_id_of
 from sluicegate.shared.admission import states
 from sluicegate.shared.gate_changes import (
@@ -30,9 +29,6 @@ from sluicegate.shared.gate_changes import (
 from sluicegate.shared.gate_views import describe, read_gates
 from sluicegate.shared.pausing import pause_subject
 from sluicegate.shared.provider_changes import find_provider
-
-_Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)]
-
 
 # Breakers
 
@@ -84,7 +80,7 @@ class Reset(ProviderOf):
     """Whose provider row it is, and who is to use it again."""
 
     #: Only let this account, which is suspended, use it again.
-    suspended: _Line | None = None
+    suspended: Line | None = None
 
 
 class LeverTold(Told):
@@ -113,10 +109,7 @@ async def breakers(visit: Visit) -> Response:
 
 def _read_gates(visit: Visit, line: Connection, prefix: str) -> list[BreakerTold]:
     with redis_client(visit.settings) as client:
-        return [
-            BreakerTold.model_validate(describe(one), by_name=True)
-            for one in read_gates(line, client, prefix)
-        ]
+        return [BreakerTold.of(describe(one)) for one in read_gates(line, client, prefix)]
 
 
 def _pulling(lever: Lever) -> Handler:
@@ -127,12 +120,8 @@ def _pulling(lever: Lever) -> Handler:
             return pull_lever(line, find_provider(line, name, asked.account), lever)
 
         changed = await change(visit, work, catalogue=True)
-        return json_response(
-            LeverTold.model_validate(
-                {"name": name, "account": asked.account, "lever": lever, "changed": changed},
-                by_name=True,
-            )
-        )
+        told = LeverTold(name=name, account=asked.account, lever=lever, changed=changed)
+        return json_response(told)
 
     return pull
 
@@ -159,8 +148,9 @@ async def reset(visit: Visit) -> Response:
         )
 
     lifted = await at_gates(visit, at_redis)
-    told = {"name": name, "account": asked.account, "lever": "auto", "changed": changed}
-    return json_response(ResetTold.model_validate(told | {"lifted": lifted}, by_name=True))
+    return json_response(
+        ResetTold(name=name, account=asked.account, lever="auto", changed=changed, lifted=lifted)
+    )
 
 
 # Pauses
@@ -171,9 +161,9 @@ class Subject(Shape):
 
     kind: PauseKind
     #: The provider's or use case's name, or the account's name or id.
-    name: _Line
+    name: Line
     #: Of a provider: whose row it is; everybody's if not given.
-    account: _Line | None = None
+    account: Line | None = None
 
 
 class PauseTold(Told):
@@ -204,11 +194,7 @@ class PauseStateTold(Told):
 async def pauses(visit: Visit) -> Response:
     """List what is paused."""
     found = await look(visit, list_pauses)
-    names = PauseTold.model_fields
-    told = [
-        PauseTold.model_validate({n: getattr(one, n) for n in names}, by_name=True) for one in found
-    ]
-    return json_response({"paused": told})
+    return json_response({"paused": [PauseTold.of(one) for one in found]})
 
 
 def _pausing(*, paused: bool) -> Handler:
@@ -221,14 +207,9 @@ def _pausing(*, paused: bool) -> Handler:
             return name, set_pause(line, asked.kind, subject, paused=paused)
 
         name, changed = await change(visit, work, catalogue=True)
-        told: dict[str, Any] = {
-            "kind": asked.kind,
-            "name": name,
-            "account": of,
-            "state": "paused" if paused else "running",
-            "changed": changed,
-        }
-        return json_response(PauseStateTold.model_validate(told, by_name=True))
+        state: Literal["paused", "running"] = "paused" if paused else "running"
+        told = PauseStateTold(kind=asked.kind, name=name, account=of, state=state, changed=changed)
+        return json_response(told)
 
     return switch
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from sluicegate.producers.http.administering import change, look
 from sluicegate.producers.http.callers import Rule
 from sluicegate.producers.http.routes import Answer, Route, Visit, json_response
-from sluicegate.producers.http.shapes import Shape, Told
+from sluicegate.producers.http.shapes import Line, Shape, Told
 from sluicegate.shared.accounts import (
     Account,
     add_account,
@@ -21,7 +21,6 @@ from sluicegate.shared.accounts import (
     set_account,
 )
 
-_Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)]
 _AccountName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}$")]
 
 
@@ -30,14 +29,14 @@ class NewAccount(Shape):
 
     name: _AccountName
     #: Where its days and months turn, such as Europe/Berlin.
-    time_zone: _Line = "UTC"
+    time_zone: Line = "UTC"
 
 
 class AccountPatch(Shape):
     """Changes of an account; what is not given stays as it is."""
 
     name: _AccountName | None = None
-    time_zone: _Line | None = None
+    time_zone: Line | None = None
     #: An account that is not active keeps its jobs, and gets no new ones.
     is_active: bool | None = None
 
@@ -60,20 +59,21 @@ class AccountsTold(Told):
 async def accounts(visit: Visit) -> Response:
     """List accounts."""
     found = await look(visit, list_accounts)
-    return json_response({"accounts": [_account(one) for one in found]})
+    return json_response({"accounts": [AccountTold.of(one) for one in found]})
 
 
 async def account(visit: Visit) -> Response:
     """Show an account."""
     name = visit.request.path_params["name"]
-    return json_response(_account(await look(visit, lambda line: find_account(line, name))))
+    found = await look(visit, lambda line: find_account(line, name))
+    return json_response(AccountTold.of(found))
 
 
 async def new_account(visit: Visit) -> Response:
     """Add an account."""
     asked = await visit.read(NewAccount)
     added = await change(visit, lambda line: add_account(line, asked.name, asked.time_zone))
-    return json_response(_account(added), 201)
+    return json_response(AccountTold.of(added), 201)
 
 
 async def patch_account(visit: Visit) -> Response:
@@ -85,12 +85,7 @@ async def patch_account(visit: Visit) -> Response:
             line, name, name=asked.name, time_zone=asked.time_zone, is_active=asked.is_active
         )
 
-    return json_response(_account(await change(visit, work)))
-
-
-def _account(one: Account) -> AccountTold:
-    fields = {name: getattr(one, name) for name in AccountTold.model_fields}
-    return AccountTold.model_validate(fields, by_name=True)
+    return json_response(AccountTold.of(await change(visit, work)))
 
 
 _ACCOUNT: Final = Answer(description="The account as it is now.", model=AccountTold)

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from sluicegate.producers.http.administering import account_id_meant, change, look
 from sluicegate.producers.http.callers import Role, Rule
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import Problem, wrong
 from sluicegate.producers.http.routes import Answer, Route, Visit, json_response
-from sluicegate.producers.http.shapes import Shape, Told
+from sluicegate.producers.http.shapes import Line, Shape, Told
 from sluicegate.shared.api_keys import (
     ApiKey,
     RoleName,
@@ -25,7 +25,6 @@ from sluicegate.shared.api_keys import (
 )
 from sluicegate.shared.audit import Action, read_audit
 
-_Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)]
 _TAG: Final = "keys"
 
 
@@ -35,7 +34,7 @@ class NewKey(Shape):
     name: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=128)]
     role: RoleName = "user"
     #: By name or id; the caller's own if not given.
-    account: _Line | None = None
+    account: Line | None = None
     #: Of no account: each of its requests names one in `X-Sluice-Account`. For admins to make.
     is_service: bool = False
     #: Null: never.
@@ -78,7 +77,7 @@ class AccountAsked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    account: _Line | None = None
+    account: Line | None = None
 
 
 class AuditQuery(AccountAsked):
@@ -86,9 +85,9 @@ class AuditQuery(AccountAsked):
 
     since: AwareDatetime | None = None
     #: By whom, as `key:…`, `jwt:…`, `cli:…` or `db:…`.
-    who: _Line | None = None
+    who: Line | None = None
     #: Of which kind, such as `provider`, or of what has this name or id.
-    what: _Line | None = None
+    what: Line | None = None
     #: Those before this number: where the last page ended.
     below: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     limit: Annotated[int, Field(ge=1, le=1000)] = 50
@@ -135,10 +134,7 @@ async def create(visit: Visit) -> Response:
     if asked.is_service and caller.role is not Role.ADMIN:
         raise _forbidden("isService", "only an admin makes keys that act for any account")
     if asked.is_service and asked.account is not None:
-        raise Problem(
-            *(400, "invalid_request", "account: a service key has none; leave it out"),
-            field="account",
-        )
+        raise wrong("account", "a service key has none; leave it out")
 
     def work(line: Connection) -> NewKeyTold:
         account = None if asked.is_service else _own(visit, line, asked.account)
@@ -150,8 +146,7 @@ async def create(visit: Visit) -> Response:
             created_by=caller.subject,
             expires_at=asked.expires_at,
         )
-        told = _fields(made) | {"key": token.get_secret_value()}
-        return NewKeyTold.model_validate(told, by_name=True)
+        return NewKeyTold.of(_fields(made) | {"key": token.get_secret_value()})
 
     made = await change(visit, work)
     return json_response(made, 201, {"Cache-Control": "no-store"})
@@ -187,11 +182,7 @@ async def audit(visit: Visit) -> Response:
             below=asked.below,
             limit=asked.limit,
         )
-        names = ChangeTold.model_fields
-        return [
-            ChangeTold.model_validate({n: getattr(one, n) for n in names}, by_name=True)
-            for one in found
-        ]
+        return [ChangeTold.of(one) for one in found]
 
     return json_response({"changes": await look(visit, work)})
 
@@ -208,7 +199,7 @@ def _fields(key: ApiKey) -> dict[str, Any]:
 
 
 def _told(key: ApiKey) -> KeyTold:
-    return KeyTold.model_validate(_fields(key), by_name=True)
+    return KeyTold.of(_fields(key))
 
 
 def _forbidden(field: str, sentence: str) -> Problem:

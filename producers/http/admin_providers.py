@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from sluicegate.producers.http.administering import change, look
 from sluicegate.producers.http.callers import Rule
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import wrong
 from sluicegate.producers.http.routes import Answer, Route, Visit, json_response
 from sluicegate.producers.http.shapes import Shape, Told
 from sluicegate.shared.accounts import account_id_of
@@ -158,7 +158,7 @@ class ProvidersTold(Told):
 async def list_all(visit: Visit) -> Response:
     """List all rows, active or not."""
     found = await look(visit, lambda line: read_entries(line, visit.settings))
-    return json_response({"providers": [_told(describe(entry, key)) for entry, key in found]})
+    return json_response({"providers": [ProviderTold.of(describe(*one)) for one in found]})
 
 
 async def show(visit: Visit) -> Response:
@@ -175,7 +175,7 @@ async def add(visit: Visit) -> Response:
     given = asked.model_dump(exclude_unset=True)
     room = given.get("context_tokens") or context_window(asked.pool, asked.model)
     if room is None:
-        raise _bad("contextTokens", f"how many tokens {asked.model} takes is not known; give it")
+        raise wrong("contextTokens", f"how many tokens {asked.model} takes is not known; give it")
     given |= {
         "context_tokens": room,
         "max_tokens": given.get("max_tokens") or min(_DEFAULT_MAX_TOKENS, room),
@@ -230,13 +230,9 @@ def _read(line: Connection, settings: Settings, name: str, account: str | None) 
     found = read_entries(line, settings)
     for entry, key in found:
         if entry.provider.name == name and entry.provider.account_id == account_id:
-            return _told(describe(entry, key))
+            return ProviderTold.of(describe(entry, key))
     known = [e.provider.name for e, _ in found if e.provider.account_id == account_id]
     raise no_provider(name, known, account)
-
-
-def _told(row: Mapping[str, Any]) -> ProviderTold:
-    return ProviderTold.model_validate(dict(row), by_name=True)
 
 
 def _change(
@@ -259,14 +255,10 @@ def _change(
 
 def _encrypted(key: Secret, settings: Settings) -> str:
     if not key or not is_sendable(key):
-        raise _bad("key", "must be one line of printable ASCII characters")
+        raise wrong("key", "must be one line of printable ASCII characters")
     keyring = Keyring.of(settings)
     keyring.check()
     return keyring.encrypt(key)
-
-
-def _bad(field: str, problem: str) -> Problem:
-    return Problem(400, "invalid_request", f"{field}: {problem}", field=field)
 
 
 _ONE: Final = Answer(description="The provider as it is now.", model=ProviderTold)

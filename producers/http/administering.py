@@ -17,7 +17,7 @@ from psycopg import DataError
 from pydantic.alias_generators import to_camel
 from sqlalchemy import Connection
 
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import Problem, wrong
 from sluicegate.producers.http.routes import Visit
 from sluicegate.shared.accounts import find_account
 from sluicegate.shared.audit import Actor
@@ -116,30 +116,23 @@ def _worded() -> Iterator[None]:
     """Tell what the caller is to blame for from what stands in the way."""
     try:
         yield
-    except BadField as error:
-        field = field_name(error.field)
-        raise _refused(400, f"{field}: {error.problem}", field) from None
-    except InvalidJob as error:
-        field = field_name(error.field)
-        raise _refused(400, f"{field}: {error.problem}", field) from None
+    except (BadField, InvalidJob) as error:
+        raise wrong(field_name(error.field), error.problem) from None
     except UnknownPrice as error:
-        raise _refused(400, f"prices: {error}", "prices") from None
+        raise wrong("prices", str(error)) from None
     except SettingsError as error:
         raise Problem(409, "conflict", str(error)) from None
     except QueueUnavailable as error:
         # Text that Postgres cannot hold, such as a NUL in a name.
         if isinstance(getattr(error.__cause__, "orig", None), DataError):
-            raise _refused(400, "a value is not one that can be stored", None) from None
+            sentence = "a value is not one that can be stored"
+            raise Problem(400, "invalid_request", sentence) from None
         raise
 
 
 def field_name(ours: str) -> str:
     """Return what callers of these routes call a field of ours."""
     return _NAMES.get(ours, to_camel(ours))
-
-
-def _refused(status: int, sentence: str, field: str | None) -> Problem:
-    return Problem(status, "invalid_request", sentence, field=field)
 
 
 def _actor(visit: Visit) -> Actor:

@@ -50,7 +50,6 @@ from sluicegate.producers.http.shapes import job_url
 from sluicegate.producers.http.streams import Streams
 from sluicegate.shared.database import make_async_engine
 from sluicegate.shared.errors import SluiceError
-from sluicegate.shared.ids import new_id
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
 
@@ -135,7 +134,7 @@ def make_app(
             raise TypeError(type(error).__name__)
         code, message = _WORDS.get(error.status_code, ("invalid_request", error.detail))
         problem = Problem(error.status_code, code, message, headers=error.headers)
-        return _refused(problem, _door(request.url.path, every), request_id_of(request))
+        return _refused(problem, _door(request.url.path, every), request.state.request_id)
 
     app = Starlette(
         routes=paths,
@@ -148,14 +147,6 @@ def make_app(
     return app
 
 
-def request_id_of(request: Request) -> str:
-    """Return the id that the request came with, or was given here."""
-    state = request.state
-    if not hasattr(state, "request_id"):
-        state.request_id = str(new_id())
-    return str(state.request_id)
-
-
 def _endpoint(
     by_method: Mapping[str, Route], settings: Settings, identify: Identify
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -163,7 +154,7 @@ def _endpoint(
         method = request.method
         route = by_method["GET" if method == "HEAD" else method]
         request.state.route = route.path
-        request_id = request_id_of(request)
+        request_id: str = request.state.request_id  # the gate has set it
         services: Services = request.app.state.services
         try:
             async with asyncio.timeout(settings.http_max_wait_s + _MARGIN_S):

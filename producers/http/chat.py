@@ -32,6 +32,7 @@ from sluicegate.producers.http.routes import (
     Visit,
     json_response,
 )
+from sluicegate.producers.http.streams import server_sent
 from sluicegate.shared.events import Delta, ToolCallDelta
 from sluicegate.shared.jobs import Result
 from sluicegate.shared.messages import ToolCallPart, Usage
@@ -116,8 +117,10 @@ async def complete(visit: Visit) -> Response:
     if body.stream:
         voice = ChatVoice(handle.id, body, asked.warnings)
         return await stream(visit, handle, voice)
+    warnings = asked.warnings
+    del body, asked  # may be megabytes, and the wait minutes
     result = await answer(visit, handle)
-    return json_response(_completion(result, asked.warnings), headers={JOB_HEADER: str(handle.id)})
+    return json_response(_completion(result, warnings), headers={JOB_HEADER: str(handle.id)})
 
 
 def _completion(result: Result, warnings: list[str]) -> dict[str, Any]:
@@ -198,12 +201,12 @@ class ChatVoice:
         said = self._opening()
         said += self._chunk({}, result.finish_reason, sluicegate=extras(result, self._warnings))
         if self._wants_usage:
-            said += _event({**self._head, "choices": [], "usage": _usage(result.usage)})
-        return said + b"data: [DONE]\n\n"
+            said += server_sent({**self._head, "choices": [], "usage": _usage(result.usage)})
+        return said + server_sent(b"[DONE]")
 
     def error(self, problem: Problem) -> bytes:
         """See `Voice`."""
-        return _event(error_body(problem, ""))
+        return server_sent(error_body(problem, ""))
 
     def _opening(self) -> bytes:
         if self._began:
@@ -214,7 +217,7 @@ class ChatVoice:
     def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         chunk = {**self._head, "choices": [choice], **more}
-        return _event({**chunk, "usage": None} if self._wants_usage else chunk)
+        return server_sent({**chunk, "usage": None} if self._wants_usage else chunk)
 
 
 def _fragment(fragment: ToolCallDelta) -> dict[str, Any]:
@@ -222,10 +225,6 @@ def _fragment(fragment: ToolCallDelta) -> dict[str, Any]:
         return {"index": fragment.index, "function": {"arguments": fragment.arguments}}
     function = {"name": fragment.name, "arguments": fragment.arguments}
     return {"index": fragment.index, "id": fragment.id, "type": "function", "function": function}
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 ROUTES: Final = (

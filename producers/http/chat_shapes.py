@@ -20,8 +20,8 @@ from sluicegate.producers.http.foreign_parts import (
     parts_at,
     text_at,
     texts_at,
-    wrong,
 )
+from sluicegate.producers.http.problems import wrong
 from sluicegate.producers.submission import JobOptions
 from sluicegate.shared.messages import (
     FilePart,

@@ -23,6 +23,7 @@ from sluicegate.producers.http.idempotency import given_key, stored_key
 from sluicegate.producers.http.problems import Problem, body_of, problem_of
 from sluicegate.producers.http.request_body import VALUES_MAX, check_values
 from sluicegate.producers.http.routes import JSON, SSE, Answer, Door, Route, Visit, json_response
+from sluicegate.producers.http.streams import LAST_EVENT_ID, server_sent
 from sluicegate.producers.listing import JobSummary, read_parameters
 from sluicegate.producers.submission import (
     MAX_DEADLINE_S,
@@ -40,7 +41,7 @@ from sluicegate.shared.errors import (
     ResultTimeout,
     SluiceError,
 )
-from sluicegate.shared.events import BROKEN, OVER, Event, Payload
+from sluicegate.shared.events import BROKEN, OVER, Payload
 from sluicegate.shared.jobs import JobSpec, Lane, State
 from sluicegate.shared.replies import parse_event_id
 
@@ -285,7 +286,7 @@ async def result(visit: Visit) -> Response:
 async def events(visit: Visit) -> Response:
     """Send the events of a job as they come, those first that came before."""
     asked = visit.query(Following)
-    last_id = visit.request.headers.get("last-event-id", asked.last_id)
+    last_id = visit.request.headers.get(LAST_EVENT_ID, asked.last_id)
     parse_event_id(last_id)
     job = await _readable(visit)
     return visit.stream(_events(visit, job.id, last_id, asked.wait))
@@ -297,8 +298,9 @@ async def _events(
     try:
         async with aclosing(visit.client.handle(job_id).events(last_id, wait_s)) as found:
             async for event in found:
-                yield _text(event)
-        yield b"event: %b\ndata: {}\n\n" % OVER
+                data = event.payload.model_dump_json().encode()
+                yield server_sent(data, event=event.type, event_id=event.id)
+        yield server_sent({}, event=OVER.decode())
     except ResultTimeout:
         return  # whoever asked for so long knows what it means
     except SluiceError as error:
@@ -306,15 +308,7 @@ async def _events(
         if problem.status == 500:
             log_defect(error, visit.request_id)
         # Without an id: it is no event of the job's.
-        yield b"event: %b\ndata: %b\n\n" % (BROKEN, orjson.dumps(_told(problem, visit.request_id)))
-
-
-def _text(event: Event) -> bytes:
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (
-        event.id.encode(),
-        event.type.encode(),
-        event.payload.model_dump_json().encode(),
-    )
+        yield server_sent(_told(problem, visit.request_id), event=BROKEN.decode())
 
 
 async def _readable(visit: Visit) -> JobView:

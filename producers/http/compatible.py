@@ -21,9 +21,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from sluicegate.producers.handles import AsyncJobHandle
-from sluicegate.producers.http.foreign_parts import wrong
 from sluicegate.producers.http.idempotency import HEADER as KEY_HEADER
-from sluicegate.producers.http.problems import Problem, problem_of
+from sluicegate.producers.http.problems import Problem, problem_of, wrong
 from sluicegate.producers.http.routes import JOB_HEADER, SSE, Visit
 from sluicegate.producers.http.shapes import job_url
 from sluicegate.producers.http.splicing import Diverged, Splice
@@ -106,15 +105,13 @@ def unknown_fields(body: BaseModel) -> list[str]:
 
 
 async def submit(visit: Visit, asked: Asked) -> AsyncJobHandle:
-    """Have the job stored on behalf of the caller; raise `Problem`."""
+    """Have the job stored on behalf of the caller; raise `Problem`, `SluiceError`."""
     if visit.request.headers.get(STREAM_HEADER) == "whole":
         asked.options["stream"] = False
     try:
         return await visit.submit(asked.use_case, asked.messages, **asked.options)
     except InvalidJob as error:
         raise _refused(error, asked) from None
-    except SluiceError as error:
-        raise problem_of(error) from None
 
 
 def _refused(error: InvalidJob, asked: Asked) -> Problem:

@@ -7,11 +7,11 @@ from contextlib import aclosing
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-import orjson
 from pydantic import Field
 
 from sluicegate.producers.http.problems import Problem, body_of, problem_of
 from sluicegate.producers.http.shapes import Answered, Told, answered
+from sluicegate.producers.http.streams import server_sent
 from sluicegate.producers.outcomes import result_of
 from sluicegate.shared.errors import SluiceError
 from sluicegate.shared.events import Completed, Delta, Event, Failed, Reset, Started
@@ -72,12 +72,12 @@ async def event_pieces(
     async with aclosing(events):
         try:
             async for event in events:
-                yield _written(event.type, event.id, _told(event, request_id))
+                yield server_sent(_told(event, request_id), event=event.type, event_id=event.id)
         except SluiceError as error:
             # Without an id: it is no event of the job's, and a reader may come back.
             problem = problem_of(error)
             problem.job_id = str(job_id)
-            yield _written("error", None, _failed(problem, request_id))
+            yield server_sent(_failed(problem, request_id), event="error")
 
 
 def _told(event: Event, request_id: str) -> dict[str, Any]:
@@ -105,9 +105,3 @@ def _told(event: Event, request_id: str) -> dict[str, Any]:
 
 def _failed(problem: Problem, request_id: str) -> dict[str, Any]:
     return {"type": "failed", **body_of(problem, request_id)}
-
-
-def _written(kind: str, event_id: str | None, content: dict[str, Any]) -> bytes:
-    # JSON has no line breaks of its own: one line of data.
-    named = b"" if event_id is None else b"id: " + event_id.encode() + b"\n"
-    return b"%sevent: %s\ndata: %s\n\n" % (named, kind.encode(), orjson.dumps(content))

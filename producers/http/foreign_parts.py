@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import wrong
 from sluicegate.shared.messages import Part, TextPart
 from sluicegate.shared.refusals import refusal
 
@@ -15,11 +15,6 @@ Built = TypeVar("Built", bound=BaseModel)
 
 #: Reads a part that is not text: its mapping, and its place.
 ReadPart = Callable[[dict[str, Any], str], Iterable[Part]]
-
-
-def wrong(place: str, problem: str) -> Problem:
-    """Say what is wrong with a field of the request."""
-    return Problem(400, "invalid_request", f"{place}: {problem}", field=place)
 
 
 def build(model: type[Built], place: str, **values: Any) -> Built:

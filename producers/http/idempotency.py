@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Final
 
 from sluicegate.producers.http.callers import Caller, Role
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import wrong
 
 HEADER: Final = "Idempotency-Key"
 _MOST: Final = 200
@@ -23,12 +23,7 @@ PATTERN: Final = rf"^[!-~]{{1,{_MOST}}}$"
 def stored_key(given: str, caller: Caller) -> str:
     """Return the key that the job is stored with; raise `Problem` if what is given is none."""
     if not re.fullmatch(PATTERN, given) or given.endswith("\n"):
-        raise Problem(
-            400,
-            "invalid_request",
-            f"{HEADER}: must be 1 to {_MOST} letters, digits or signs, without spaces",
-            field=HEADER,
-        )
+        raise wrong(HEADER, f"must be 1 to {_MOST} letters, digits or signs, without spaces")
     return given + _mark(caller.subject) if caller.role is Role.USER else given
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 
 from sluicegate.producers.http.callers import Caller, Role
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import Problem, wrong
 from sluicegate.producers.http.recent import Recent
 from sluicegate.producers.http.strangers import Strangers
 from sluicegate.producers.http.tokens import Tokens, refused
@@ -164,11 +164,7 @@ class Identity(AbstractAsyncContextManager["Identity"]):
                 # Most of what admins do is for no account.
                 wanted = DEFAULT_ACCOUNT
             if wanted is None:
-                raise Problem(
-                    *(400, "invalid_request"),
-                    f"{ACCOUNT_HEADER}: name the account that this {bearer.what} acts for",
-                    field=ACCOUNT_HEADER,
-                )
+                raise wrong(ACCOUNT_HEADER, f"name the account that this {bearer.what} acts for")
             found = await self._account(wanted)
             if found is None:
                 raise _forbidden(f"{ACCOUNT_HEADER}: there is no such account")

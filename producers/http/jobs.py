@@ -26,13 +26,12 @@ from sluicegate.producers.http.routes import (
     json_response,
 )
 from sluicegate.producers.http.shapes import Answered, Told, answered, usd
+from sluicegate.producers.http.streams import LAST_EVENT_ID
 from sluicegate.producers.outcomes import result_of
 from sluicegate.producers.views import JobView
 from sluicegate.shared.errors import ErrorClass, InvalidJob, NotFound, SluiceError
 from sluicegate.shared.events import Event, terminal_event
 from sluicegate.shared.jobs import AttemptState, Lane, State
-
-LASTEVENT_ID: Final = "Last-Event-ID"
 
 
 class AttemptTold(Told):
@@ -119,7 +118,7 @@ async def cancel(visit: Visit) -> Response:
 async def events(visit: Visit) -> Response:
     """Follow a job from an event on, until it is over; 204 if that event was its last."""
     given = visit.query(From).last_event_id
-    last_id = visit.request.headers.get(LASTEVENT_ID) if given is None else given
+    last_id = visit.request.headers.get(LAST_EVENT_ID) if given is None else given
     view = await _view(visit)
     try:
         following = visit.client.handle(view.id).events(last_id or "0")
@@ -205,7 +204,7 @@ ROUTES: Final = (
         query=From,
         headers=(
             Header(
-                name=LASTEVENT_ID,
+                name=LAST_EVENT_ID,
                 description="The id of the last event that was seen.",
                 pattern=EVENT_ID,
             ),

@@ -41,15 +41,17 @@ async def ask(visit: Visit) -> Response:
     except InvalidJob as error:
         raise InvalidJob(asked.place(error.field), error.problem) from None
     headers = {JOB_HEADER: str(handle.id), "Location": job_url(handle.id)}
-    if not asked.stream:
-        result = await visit.wait(handle, asked.wait)
+    is_stream, wait_s = asked.stream, asked.wait
+    del asked, messages, options  # may be megabytes, and the wait minutes
+    if not is_stream:
+        result = await visit.wait(handle, wait_s)
         if result is not None:
             return json_response(answered(result), headers=headers)
     elif visit.accepts(SSE):
         pieces = event_pieces(handle.events(), job_id=handle.id, request_id=visit.request_id)
         return visit.stream(pieces, headers=headers)
     else:
-        response = await _plain_text(visit, handle, asked.wait, headers)
+        response = await _plain_text(visit, handle, wait_s, headers)
         if response is not None:
             return response
     return _still_going(handle, headers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Final, Literal
 from uuid import UUID
 
-import orjson
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
@@ -31,6 +30,7 @@ from sluicegate.producers.http.routes import (
     Visit,
     json_response,
 )
+from sluicegate.producers.http.streams import server_sent
 from sluicegate.shared.events import Delta, ToolCallDelta
 from sluicegate.shared.jobs import Result
 from sluicegate.shared.messages import Usage
@@ -49,7 +49,7 @@ _TYPES: Final = {
 _STOPS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 #: Stands for text where tool calls have an index.
 _TEXT: Final = -1
-_PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'
+_PING: Final = server_sent({"type": "ping"}, event="ping")
 
 
 def error_body(problem: Problem, request_id: str) -> dict[str, Any]:
@@ -115,8 +115,9 @@ async def create(visit: Visit) -> Response:
         voice = MessagesVoice(handle.id, body.model, asked.warnings, visit.request_id)
         response = await stream(visit, handle, voice)
     else:
-        result = await answer(visit, handle)
-        said = _message(result, asked.warnings)
+        warnings = asked.warnings
+        del body, asked  # may be megabytes, and the wait minutes
+        said = _message(await answer(visit, handle), warnings)
         response = json_response(said, headers={JOB_HEADER: str(handle.id)})
     response.headers["request-id"] = visit.request_id
     return response
@@ -261,7 +262,7 @@ class MessagesVoice:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"event: " + str(data["type"]).encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+    return server_sent(data, event=data["type"])
 
 
 ROUTES: Final = (

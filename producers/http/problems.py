@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field, ValidationError
@@ -59,9 +60,13 @@ class Problem(Exception):
             self.headers["Retry-After"] = str(retry_after_s)
 
 
+def wrong(field: str, problem: str) -> Problem:
+    """Say what is wrong with a field, a parameter or a header of the request."""
+    return Problem(400, "invalid_request", f"{field}: {problem}", field=field)
+
+
 #: By kind of error, the more special first: status and code.
 _KINDS: Final[tuple[tuple[type[SluiceError], int, str], ...]] = (
-    (InvalidJob, 400, "invalid_request"),
     (IdempotencyConflict, 409, "idempotency_conflict"),
     (NotFound, 404, "not_found"),
     (Purged, 410, "purged"),
@@ -92,8 +97,7 @@ def problem_of(error: SluiceError, names: Mapping[str, str] | None = None) -> Pr
     names: what the caller calls the fields that we call otherwise, by our name.
     """
     if isinstance(error, InvalidJob):
-        field = renamed(error.field, names or {})
-        return Problem(400, "invalid_request", f"{field}: {error.problem}", field=field)
+        return wrong(renamed(error.field, names or {}), error.problem)
     for kind, usual, word in _KINDS:
         if isinstance(error, kind):
             status, code = usual, word
@@ -114,7 +118,7 @@ def invalid(error: ValidationError, given: object = None) -> Problem:
 
     given: the body as it came, by which the field's path is written as the caller wrote it.
     """
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    errors = _first_errors(error)
     places = [_place(one["loc"], one["type"], given) for one in errors]
     # Of a field that may be of several kinds each has its errors: the deepest one is meant.
     n = max(range(len(places)), key=lambda n: (places[n][:1] == places[0][:1], len(places[n])))
@@ -130,9 +134,27 @@ def invalid(error: ValidationError, given: object = None) -> Problem:
         problem = "must be an object"
     elif "recursion limit" in problem:
         problem = "is nested too deep; 200 levels are allowed"
-    return Problem(400, "invalid_request", f"{place}: {problem}", field=place)
+    return wrong(place, problem)
 
 
+def _first_errors(error: ValidationError) -> list[dict[str, Any]]:
+    """Return so many of pydantic's errors as are looked at.
+
+    A body can have tens of thousands, and pydantic makes objects of all of them or of none. So they
+    are read from JSON, one after the other.
+    """
+    text = error.json(include_url=False, include_input=False, include_context=False)
+    found: list[dict[str, Any]] = []
+    end = 0
+    while text[end] != "]" and len(found) < _ERRORS_MAX:
+        one, end = _DECODER.raw_decode(text, end + 1)  # after the bracket or the comma
+        found.append(one)
+    return found
+
+
+#: Errors of one body among which the one that is told is chosen.
+_ERRORS_MAX: Final = 100
+_DECODER: Final = json.JSONDecoder()
 _TAGS: Final = re.compile(r"found using '(\w+)' .* expected tags: (.*)")
 _NAME: Final = "must have a name of 1 to 64 letters, digits, - or _"
 _BLANK: Final = "must be text with more in it than blanks"
@@ -148,7 +170,7 @@ _PATTERNS: Final[Mapping[str, str]] = {
 }
 
 
-def _place(loc: tuple[int | str, ...], kind: str, given: object) -> tuple[int | str, ...]:
+def _place(loc: Sequence[int | str], kind: str, given: object) -> tuple[int | str, ...]:
     """Leave out of pydantic's path the steps that no JSON has: which kind of value was tried."""
     place: list[int | str] = []
     value = given

@@ -8,7 +8,7 @@ from typing import Final
 
 from starlette.requests import ClientDisconnect, Request
 
-from sluicegate.producers.http.problems import Problem
+from sluicegate.producers.http.problems import Problem, wrong
 from sluicegate.shared.settings import Settings
 
 #: Whoever sends too much or too slowly is not read any further.
@@ -86,12 +86,7 @@ def check_values(content: bytes, most: int = VALUES_MAX) -> None:
     # A value has two strings at most, its name and itself, so more of them need not be looked at.
     outside, strings = _STRING.subn(b"", content, count=2 * most + 1)
     if strings > 2 * most or _marks(outside) > most:
-        raise Problem(
-            400,
-            "invalid_request",
-            f"body: holds more than {most:,} values; send fewer",
-            field="body",
-        )
+        raise wrong("body", f"holds more than {most:,} values; send fewer")
 
 
 def _marks(content: bytes) -> int:

@@ -22,7 +22,7 @@ from sluicegate.producers.http.callers import Caller, Rule
 from sluicegate.producers.http.idempotency import HEADER as KEY_HEADER
 from sluicegate.producers.http.idempotency import PATTERN as KEY_PATTERN
 from sluicegate.producers.http.idempotency import stored_key
-from sluicegate.producers.http.problems import Problem, ProblemTold, body_of, invalid
+from sluicegate.producers.http.problems import Problem, ProblemTold, body_of, invalid, wrong
 from sluicegate.producers.http.rates import Rates
 from sluicegate.producers.http.request_body import Bodies, check_values
 from sluicegate.producers.http.streams import COMMENT, RETRY_HINT, Stream, Streams
@@ -135,8 +135,7 @@ class Visit:
         given = dict(self.request.query_params)
         for name, value in given.items():
             if "\0" in value:
-                problem = "must be text without control characters"
-                raise Problem(400, "invalid_request", f"{name}: {problem}", field=name)
+                raise wrong(name, "must be text without control characters")
         try:
             return model.model_validate_strings(given)
         except ValidationError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 from uuid import UUID
 
 import orjson
@@ -43,9 +43,16 @@ class Told(BaseModel):
 
     model_config = ConfigDict(alias_generator=to_camel, serialize_by_alias=True, frozen=True)
 
+    @classmethod
+    def of(cls, found: object) -> Self:
+        """Tell of an object's attributes, or a mapping's values, those that have a name here."""
+        return cls.model_validate(found, from_attributes=True, by_name=True)
+
 
 # What is asked
 
+#: Text on one line, such as a name.
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)]
 #: With more in it than blanks.
 Text = Annotated[str, StringConstraints(pattern=r"[^\s\x00-\x1f]")]
 _IMAGE: Final = r"^(https://[^\s]+|data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}|[A-Za-z0-9+/]+={0,2})$"

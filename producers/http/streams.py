@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
-from typing import Final
+from typing import Any, Final
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +16,9 @@ from sluicegate.producers.http.problems import Problem
 from sluicegate.shared.settings import Settings
 
 _FULL_RETRY_AFTER_S: Final = 5
-#: For whoever reads server-sent events: come back after this long, with the last id.
+#: The header in which whoever reads server-sent events says which was the last that he has.
+LAST_EVENT_ID: Final = "Last-Event-ID"
+#: For him: come back after this long, with the last id.
 RETRY_HINT: Final = b"retry: 1000\n\n"
 #: A comment of server-sent events, which clients leave out.
 COMMENT: Final = b": waiting\n\n"
@@ -27,6 +30,16 @@ _HEADERS: Final = {
     # A browser looks no further, and shows each piece as it comes.
     "X-Content-Type-Options": "nosniff",
 }
+
+
+def server_sent(
+    data: bytes | Mapping[str, Any], *, event: str | None = None, event_id: str | None = None
+) -> bytes:
+    """Write a server-sent event. data: JSON, which has no line breaks of its own, or its bytes."""
+    head = b"" if event_id is None else b"id: %b\n" % event_id.encode()
+    if event is not None:
+        head += b"event: %b\n" % event.encode()
+    return b"%bdata: %b\n\n" % (head, data if isinstance(data, bytes) else orjson.dumps(data))
 
 
 class Broken(Exception):
@@ -136,6 +149,8 @@ class Stream(Response):
         self.background = None
         self.init_headers({**_HEADERS, **(headers or {})})
         self._place = place.pop_all()
+        #: When something was sent last, on the loop's clock.
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the pieces end, the client leaves, or the stream has to end."""
@@ -158,37 +173,50 @@ class Stream(Response):
 
     async def _run(self, receive: Receive, send: Send) -> bool:
         """Send the pieces; return whether the answer may be ended as a whole one."""
+        loop = asyncio.get_running_loop()
+        self._sent_at = loop.time()
+        sending = asyncio.ensure_future(self._send_pieces(send))
         left = asyncio.ensure_future(_left(receive))
         ending = asyncio.ensure_future(self._streams.until_end())
-        upcoming = asyncio.ensure_future(anext(self._pieces, None))
+        tasks = sending, left, ending
         try:
             while True:
+                silent_at = self._sent_at + self._streams.keep_alive_s
                 done, _ = await asyncio.wait(
-                    (upcoming, left, ending),
-                    timeout=self._streams.keep_alive_s,
+                    tasks,
+                    timeout=max(0.0, silent_at - loop.time()),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                if upcoming in done:
-                    piece = upcoming.result()
-                    if piece is None:
-                        return True
-                    await _send(send, piece)
-                    upcoming = asyncio.ensure_future(anext(self._pieces, None))
+                if sending in done:
+                    sending.result()
+                    return True
                 if left in done:
                     return False
                 if ending in done:
                     if self._farewell is None:
                         return False
+                    await _ended(sending)
                     await _send(send, self._farewell)
                     return True
-                if not done and self._keep_alive:
-                    await _send(send, self._keep_alive)
+                if loop.time() >= self._sent_at + self._streams.keep_alive_s:
+                    if self._keep_alive:
+                        await _send(send, self._keep_alive)
+                    self._sent_at = loop.time()
         finally:
-            tasks = upcoming, left, ending
-            for task in tasks:
-                task.cancel()
-            # Each may have ended meanwhile, in whatever way: nobody waits for it any more.
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _ended(*tasks)
+
+    async def _send_pieces(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        async for piece in self._pieces:
+            await _send(send, piece)
+            self._sent_at = loop.time()
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    """End tasks whose outcome nobody waits for any more, whatever it is."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _send(send: Send, piece: bytes) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+
 import pytest
 
 from sluicegate.producers.http import app, compatible
+from sluicegate.producers.http.chat_shapes import ChatRequest
+from sluicegate.producers.http.messages_shapes import MessagesRequest
+from sluicegate.producers.http.shapes import Ask
 from sluicegate.shared.settings import Settings
 from tests.http_calling import calling
+from tests.polling import eventually_async
 
 CHAT = {"model": "sluice/draft", "messages": [{"role": "user", "content": "Hello."}]}
 
@@ -50,6 +57,42 @@ async def test_a_stream_whose_job_does_not_end_names_it(
     assert answer.status_code == 406
     assert "still_running" in answer.text
     assert f"/api/llm/jobs/{answer.headers['X-Sluice-Job-Id']}" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/api/llm", {"prompt": "Hello."}, Ask),
+        ("/api/llm", {"prompt": "Hello.", "stream": True}, Ask),
+        ("/v1/chat/completions", CHAT, ChatRequest),
+        ("/v1/messages", CHAT, MessagesRequest),
+    ],
+)
+async def test_what_was_asked_is_not_held_while_it_waits(
+    settings: Settings, path: str, body: dict[str, object], kind: type
+) -> None:
+    """Nobody works here, so it waits for as long as it may."""
+
+    def held() -> int:
+        return sum(type(one) is kind for one in gc.get_objects())
+
+    async with calling(settings, is_sandbox=True) as client:
+
+        async def is_stored() -> bool:
+            return bool((await client.get("/api/jobs")).json()["jobs"])
+
+        async def is_let_go() -> bool:
+            return held() <= before
+
+        before = held()
+        waiting = asyncio.create_task(client.post(path, json=body))
+        try:
+            await eventually_async(is_stored)
+            await eventually_async(is_let_go, timeout_s=10)
+            assert not waiting.done()
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
 
 async def test_pages_may_call_by_every_method_and_read_every_id(settings: Settings) -> None:

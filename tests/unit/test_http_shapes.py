@@ -152,6 +152,27 @@ def test_the_deepest_field_is_named_without_what_was_tried() -> None:
     )
 
 
+class Counting(dict[str, Any]):
+    """Counts how often it is looked into."""
+
+    looks = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.looks += 1
+        return super().__contains__(key)
+
+
+def test_of_thousands_of_errors_the_first_are_looked_at() -> None:
+    body = Counting({'"]},é\n': 0} | {f"k{n}": n for n in range(24_000)})
+    with pytest.raises(ValidationError) as caught:
+        Ask.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() == 24_001
+    problem = invalid(caught.value, body)
+    assert (problem.status, problem.field) == (400, '"]},é\n')
+    assert problem.message.endswith(": is not known here")
+    assert 1 < body.looks <= 100
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
