@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -45,12 +46,28 @@ _PATTERNS: Final = {
 }
 _DEADLINE: Final = "must be seconds, a timedelta or a moment with a time zone"
 _SUBJECT = re.compile(r"^\w+ should ")
+_DECODER: Final = json.JSONDecoder()
 _DETAIL = re.compile(r"( after validation)?(, not \d+|, (unable|got|found) .*)$")
+
+
+def first_errors(error: ValidationError, most: int) -> list[dict[str, Any]]:
+    """Return up to so many of pydantic's errors: `type`, `loc` and `msg` of each.
+
+    What was given can have tens of thousands, and pydantic makes objects of all of them or of none.
+    So they are read from JSON, one after the other.
+    """
+    text = error.json(include_url=False, include_input=False, include_context=False)
+    found: list[dict[str, Any]] = []
+    end = 0
+    while text[end] != "]" and len(found) < most:
+        one, end = _DECODER.raw_decode(text, end + 1)  # after the bracket or the comma
+        found.append(one)
+    return found
 
 
 def refusal(error: ValidationError, whole: str = "job") -> InvalidJob:
     """Build the error that says what is wrong with the first field that is; else the `whole`."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    (first,) = first_errors(error, 1)
     place = ".".join(str(step) for step in first["loc"])
     return InvalidJob(place or whole, problem_words(first["type"], first["msg"], place))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
@@ -27,7 +26,7 @@ from sluicegate.shared.errors import (
     SettingsError,
     SluiceError,
 )
-from sluicegate.shared.refusals import problem_words
+from sluicegate.shared.refusals import first_errors, problem_words
 
 
 class Problem(Exception):
@@ -118,7 +117,7 @@ def invalid(error: ValidationError, given: object = None) -> Problem:
 
     given: the body as it came, by which the field's path is written as the caller wrote it.
     """
-    errors = _first_errors(error)
+    errors = first_errors(error, _ERRORS_MAX)
     places = [_place(one["loc"], one["type"], given) for one in errors]
     # Of a field that may be of several kinds each has its errors: the deepest one is meant.
     n = max(range(len(places)), key=lambda n: (places[n][:1] == places[0][:1], len(places[n])))
@@ -137,24 +136,8 @@ def invalid(error: ValidationError, given: object = None) -> Problem:
     return wrong(place, problem)
 
 
-def _first_errors(error: ValidationError) -> list[dict[str, Any]]:
-    """Return so many of pydantic's errors as are looked at.
-
-    A body can have tens of thousands, and pydantic makes objects of all of them or of none. So they
-    are read from JSON, one after the other.
-    """
-    text = error.json(include_url=False, include_input=False, include_context=False)
-    found: list[dict[str, Any]] = []
-    end = 0
-    while text[end] != "]" and len(found) < _ERRORS_MAX:
-        one, end = _DECODER.raw_decode(text, end + 1)  # after the bracket or the comma
-        found.append(one)
-    return found
-
-
 #: Errors of one body among which the one that is told is chosen.
 _ERRORS_MAX: Final = 100
-_DECODER: Final = json.JSONDecoder()
 _TAGS: Final = re.compile(r"found using '(\w+)' .* expected tags: (.*)")
 _NAME: Final = "must have a name of 1 to 64 letters, digits, - or _"
 _BLANK: Final = "must be text with more in it than blanks"
