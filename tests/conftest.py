@@ -52,20 +52,24 @@ _FOR_TESTS = "SLUICE_TEST_"
 #: Test files that take ten seconds and more, the longest first. They are begun before the others,
 #: which `./dev test` hands out in their order: no process is left alone with one at the end.
 _LONG = """
-integration/test_bench_smoke integration/test_sealed_bodies integration/test_pool
-integration/test_replies integration/test_bulk integration/test_erasing
-integration/test_catalogue_commands integration/test_adapters integration/test_client_fork
-integration/test_migrations integration/test_servers integration/test_producer_cli
-integration/test_client integration/test_reply_channels integration/test_steering
-integration/test_gate_limits
+integration/test_bench_smoke integration/test_bulk integration/test_pool
+integration/test_bench_http integration/test_sealed_bodies integration/test_replies
+integration/test_catalogue_commands integration/test_erasing integration/test_adapters
+integration/test_client_fork integration/test_migrations integration/test_servers
+integration/test_producer_cli integration/test_client integration/test_reply_channels
+integration/test_steering integration/test_gate_limits
 
-faults/test_held_back acceptance/test_refused_starts faults/test_dead_workers acceptance/test_demo
-faults/test_gates acceptance/test_contract faults/test_servers_lost acceptance/test_examples
-faults/test_budget_faults acceptance/test_refusals acceptance/test_every_job_once
-acceptance/test_failover acceptance/test_rotation acceptance/test_event_loop faults/test_budgets
-acceptance/test_cost_table faults/test_ledger_states acceptance/test_help_examples
-acceptance/test_bulk acceptance/test_flower acceptance/test_new_use_case acceptance/test_budgets
-faults/test_alerts faults/test_budget_locks
+faults/test_held_back acceptance/test_refused_starts acceptance/test_demo faults/test_budget_faults
+faults/test_gates acceptance/test_help_examples acceptance/test_contract acceptance/test_event_loop
+faults/test_budgets faults/test_dead_workers acceptance/test_examples acceptance/test_failover
+acceptance/test_openai_door acceptance/test_http_document faults/test_servers_lost
+acceptance/test_rotation acceptance/test_refusals acceptance/test_http_gate
+acceptance/test_every_job_once acceptance/test_http_llm acceptance/test_flower
+acceptance/test_new_use_case acceptance/test_cancel acceptance/test_http_document_admin
+acceptance/test_http_canaries faults/test_alerts acceptance/test_asked_for acceptance/test_bulk
+acceptance/test_reply_consumer acceptance/test_npm_clients acceptance/test_client_answers
+acceptance/test_fresh_install acceptance/test_anthropic_door acceptance/test_http_client
+faults/test_budget_locks acceptance/test_http_deaths acceptance/test_budgets
 """
 
 # The same examples in every run: a failure is found by the one who caused it.

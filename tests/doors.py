@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any, Final
+from uuid import uuid4
+
+import httpx2
 
 from tests.command_line import Command
 from tests.harness import Rig
@@ -35,3 +39,13 @@ def key_without_money(rig: Rig, command_line: Callable[[Any], Command], account:
     assert command_line(rig.settings)("account", "add", account).code == 0
     rig.client.set_budget(account, daily="0.000000001")
     return make_key(rig.settings, account=account)
+
+
+async def ask_at_once(
+    server: HttpServer, path: str, body: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[list[httpx2.Response], httpx2.Response]:
+    """Send the body 20 times at once with one key, and then the other body with that key, too."""
+    headers = {**server.headers, "Idempotency-Key": uuid4().hex}
+    async with httpx2.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
+        answers = await asyncio.gather(*(client.post(path, json=body) for _ in range(20)))
+        return answers, await client.post(path, json=other)

@@ -258,11 +258,14 @@ class Rig:
 
         def over() -> bool:
             counts = self.states(job_ids)
-            ended = sum(counts.get(state, 0) for state in _OVER)
-            assert ended == len(job_ids), (counts, self._held_back(job_ids))
-            return True
+            return sum(counts.get(state, 0) for state in _OVER) == len(job_ids)
 
-        eventually(over, timeout_s)
+        try:
+            eventually(over, timeout_s)
+        except AssertionError as late:
+            raise AssertionError(
+                f"{late}: {self.states(job_ids)}, {self._held_back(job_ids)}"
+            ) from None
 
     def _held_back(self, job_ids: Sequence[UUID]) -> list[Any]:
         return self.rows(

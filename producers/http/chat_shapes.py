@@ -27,6 +27,7 @@ from sluicegate.shared.messages import (
     FilePart,
     ImagePart,
     Message,
+    NonEmpty,
     Part,
     ResponseFormat,
     TextPart,
@@ -102,6 +103,18 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+#: Read by hand; what of it one schema can tell for all roles is for the document alone.
+_Turn = Annotated[
+    dict[str, Any],
+    Field(
+        json_schema_extra={
+            "required": ["role"],
+            "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
+        }
+    ),
+]
+
+
 class ChatRequest(BaseModel):
     """The body of `POST /v1/chat/completions`."""
 
@@ -109,7 +122,7 @@ class ChatRequest(BaseModel):
 
     #: `sluice/<use case>`, `sluice/auto`, a catalogue name or a provider's model id.
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[_Turn], Field(min_length=1, max_length=1000)]
     #: Models to try after `model`.
     fallbacks: Annotated[list[str], Field(max_length=8)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -121,7 +134,7 @@ class ChatRequest(BaseModel):
             list[Annotated[str, Field(min_length=1)]],
             BeforeValidator(
                 lambda value: [value] if isinstance(value, str) else value,
-                json_schema_input_type=str | list[str],
+                json_schema_input_type=NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)],
             ),
             Field(max_length=4),
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, WithJsonSchema
 from starlette.responses import Response
 
 from sluicegate.producers.budgeting import Limit, clearing, setting
@@ -12,6 +12,19 @@ from sluicegate.producers.http.callers import Caller, Rule
 from sluicegate.producers.http.client_jobs import CLIENT
 from sluicegate.producers.http.routes import JSON, Answer, Route, Visit, json_response
 from sluicegate.shared.budgets import Budget
+
+#: Checked by `read_dollars`, which takes it in more forms, so this is for the document alone.
+_Dollars = Annotated[
+    str | int,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,9})?$"},
+                {"type": "integer", "minimum": 0, "maximum": 9_000_000},
+            ]
+        }
+    ),
+]
 
 
 class BudgetNamed(BaseModel):
@@ -28,11 +41,15 @@ class BudgetNamed(BaseModel):
 class BudgetLimits(BudgetNamed):
     """What a budget is to be. What is not given stays; null takes a limit away."""
 
+    model_config = ConfigDict(extra="forbid", strict=True)
+
     #: US dollars, exact, such as "25.50".
-    daily: str | int | None = None
-    monthly: str | int | None = None
+    daily: _Dollars | None = None
+    monthly: _Dollars | None = None
     #: Percents of a limit at which an alert is raised.
-    thresholds: list[int] | None = None
+    thresholds: (
+        Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(max_length=10)] | None
+    ) = None
 
 
 class Budgets(BaseModel):

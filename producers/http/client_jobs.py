@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, cast
 from uuid import UUID
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from starlette.responses import Response
 
 from sluicegate.producers.http.callers import Role, Rule
@@ -76,18 +76,31 @@ _VALUES_OF_MANY: Final = 10 * MAX_JOBS
 CLIENT: Final = Door(name="sluicegate-python", error=_told)
 
 
+def _as_submitted(schema: dict[str, Any]) -> None:
+    """Tell of a prompt where a stored job has messages, and nothing that `submit` adds itself."""
+    told = schema["properties"]
+    messages = told.pop("messages")
+    del told["version"], told["use_case_detected"]
+    told["prompt"] = {"anyOf": [{"type": "string", "minLength": 1}, messages]}
+    schema["required"] = ["prompt"]
+
+
 class Submission(JobSpec):
     """A job as `submit` takes it. Read as `submit` reads it, so this is for the document alone."""
 
-    model_config = ConfigDict(title="JobOfThePythonClient")
+    model_config = ConfigDict(title="JobOfThePythonClient", json_schema_extra=_as_submitted)
 
-    prompt: str | None = None
     account: str | None = None
     lane: Lane = Lane.INTERACTIVE
     #: In seconds from now.
     deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=20)] | None = None
-    idempotency_key: str | None = None
+    idempotency_key: (
+        Annotated[
+            str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", min_length=1, max_length=255)
+        ]
+        | None
+    ) = None
     reply_to: str | None = None
     request_id: str | None = None
     submitted_by: str | None = None
@@ -130,21 +143,30 @@ class Ending(BaseModel):
     event: ClientEvent | None
 
 
+def _like(pattern: str) -> WithJsonSchema:
+    """Tell in the document what `list_jobs` checks."""
+    return WithJsonSchema({"type": "string", "pattern": f"^({pattern})$"})
+
+
+_STATES: Final = "|".join(State)
+_Name = Annotated[str, StringConstraints(max_length=255)]
+
+
 class Filters(BaseModel):
     """Which jobs are listed: those that meet all that is given."""
 
     model_config = ConfigDict(extra="forbid")
 
     #: One or several, with commas between.
-    state: str | None = None
-    use_case: str | None = None
-    account: str | None = None
-    lane: str | None = None
-    queue: str | None = None
-    batch: str | None = None
-    since: str | None = None
-    submitted_by: str | None = None
-    limit: str | None = None
+    state: Annotated[str, _like(rf"({_STATES})(,({_STATES}))*")] | None = None
+    use_case: _Name | None = None
+    account: _Name | None = None
+    lane: Annotated[str, _like("|".join(Lane))] | None = None
+    queue: _Name | None = None
+    batch: Annotated[str, _like("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")] | None = None
+    since: Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})] | None = None
+    submitted_by: _Name | None = None
+    limit: Annotated[str, _like("[1-9][0-9]{0,3}|10000")] | None = None
 
 
 class Patience(BaseModel):

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import orjson
 
+from sluicegate.producers.http.routes import SSE
+
 _STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886 }
@@ -62,11 +64,14 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator
             yield f"<p>Body, {escape(media)}: {_shape(content['schema'])}</p>"
     yield "<table>"
     for status, answer in operation["responses"].items():
-        media = ", ".join(answer.get("content", {}))
         yield f"<tr><td><code>{status}</code><td>{escape(answer['description'])}"
-        yield f"<td>{escape(media)}<td>"
-        for content in answer.get("content", {}).values():
-            yield _shape(content.get("x-event-data", content["schema"]))
+        yield f"<td>{escape(', '.join(answer.get('content', {})))}<td>"
+        for media, content in answer.get("content", {}).items():
+            schema = content["schema"]
+            if media == SSE:
+                data = schema["properties"]["data"]
+                schema = data.get("contentSchema", data)
+            yield _shape(schema)
     yield "</table></details>"
 
 

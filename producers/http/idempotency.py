@@ -20,11 +20,16 @@ _MOST: Final = 200
 PATTERN: Final = rf"^[!-~]{{1,{_MOST}}}$"
 
 
-def stored_key(given: str, caller: Caller) -> str:
-    """Return the key that the job is stored with; raise `Problem` if what is given is none."""
+def check_key(given: str) -> str:
+    """Return the value of the header; raise `Problem` if it is none that a header can have."""
     if not re.fullmatch(PATTERN, given) or given.endswith("\n"):
         raise wrong(HEADER, f"must be 1 to {_MOST} letters, digits or signs, without spaces")
-    return given + _mark(caller.subject) if caller.role is Role.USER else given
+    return given
+
+
+def stored_key(given: str, caller: Caller) -> str:
+    """Return the key that the job is stored with."""
+    return given + _mark(caller.subject) if given and caller.role is Role.USER else given
 
 
 def given_key(stored: str | None, submitted_by: str | None) -> str | None:

@@ -70,6 +70,18 @@ class OutputConfig(BaseModel):
     format: dict[str, Any] | None = None
 
 
+#: Read by hand; what of it one schema can tell for both roles is for the document alone.
+_Turn = Annotated[
+    dict[str, Any],
+    Field(
+        json_schema_extra={
+            "required": ["role"],
+            "properties": {"role": {"enum": ["user", "assistant"]}},
+        }
+    ),
+]
+
+
 class MessagesRequest(BaseModel):
     """The body of `POST /v1/messages`."""
 
@@ -77,7 +89,7 @@ class MessagesRequest(BaseModel):
 
     #: `sluice/<use case>`, `sluice/auto`, a catalogue name or a provider's model id.
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[_Turn], Field(min_length=1, max_length=1000)]
     #: Models to try after `model`.
     fallbacks: Annotated[list[str], Field(max_length=8)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -251,11 +251,20 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
     if answer.model is not None:
         content[JSON] = {"schema": schemas.told(answer.model)}
     for media in answer.media:
-        content[media] = {"schema": {"type": "string"}}
-    if answer.event is not None:
-        content[SSE]["x-event-data"] = schemas.told(answer.event)
+        schema = _event(answer, schemas) if media == SSE else {"type": "string"}
+        content[media] = {"schema": schema}
     told: dict[str, Any] = {"description": answer.description}
     return told | {"content": content} if content else told
+
+
+def _event(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
+    """Return the schema of each event; before OpenAPI 3.2 there is no other place to tell of it."""
+    text = {"type": "string"}
+    data: dict[str, Any] = text
+    if answer.event is not None:
+        told = schemas.told(answer.event)
+        data = {**text, "contentMediaType": JSON, "contentSchema": told}
+    return {"type": "object", "properties": {"id": text, "event": text, "data": data}}
 
 
 def _problem(status: int, door: Door, schemas: _Schemas) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sluicegate.producers.http.backlog import Backlog
 from sluicegate.producers.http.callers import Caller, Rule
 from sluicegate.producers.http.idempotency import HEADER as KEY_HEADER
 from sluicegate.producers.http.idempotency import PATTERN as KEY_PATTERN
-from sluicegate.producers.http.idempotency import stored_key
+from sluicegate.producers.http.idempotency import check_key, stored_key
 from sluicegate.producers.http.problems import Problem, ProblemTold, body_of, invalid, wrong
 from sluicegate.producers.http.rates import Rates
 from sluicegate.producers.http.request_body import Bodies, check_values
@@ -159,7 +159,7 @@ class Visit:
         await self.check_backlog(use_case, prompt, options)
         key = options.get("idempotency_key") or self.request.headers.get(KEY_HEADER)
         if key is not None:
-            options["idempotency_key"] = stored_key(key, caller)
+            options["idempotency_key"] = stored_key(check_key(key), caller)
         options["account"] = str(caller.account_id)
         options["submitted_by"] = caller.subject
         options["request_id"] = self.request_id

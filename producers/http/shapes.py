@@ -218,7 +218,13 @@ class Ask(Shape):
     #: Plain text as it comes, or server-sent events if `Accept` asks for them.
     stream: bool = False
     #: By name.
-    tools: Annotated[dict[ToolName, ToolShape], Field(max_length=128)] | None = None
+    tools: (
+        Annotated[
+            dict[ToolName, ToolShape],
+            Field(max_length=128, json_schema_extra={"additionalProperties": False}),
+        ]
+        | None
+    ) = None
     #: `auto`, `none`, `required`, or the name of a tool.
     tool_choice: ToolName | ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -17,7 +17,11 @@ from sluicegate.shared.budgets import Budget, Window
 from sluicegate.shared.jobs import UseCaseName
 
 #: Such as 2026-11-23.
-Day = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+Day = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"),
+    Field(json_schema_extra={"format": "date"}),
+]
 
 
 class Days(BaseModel):
@@ -102,7 +106,7 @@ class BudgetsTold(Told):
 
 Dollars = (
     Annotated[float, Field(ge=0, le=9_000_000, allow_inf_nan=False)]
-    | Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}(\.[0-9]{1,9})?$")]
+    | Annotated[str, StringConstraints(pattern=r"^[0-9]{1,7}(\.[0-9]{1,9})?$")]
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from sluicegate.workers.local.sandbox_faults import Fault
 from tests.command_line import Command
-from tests.doors import PDF, PNG, key_without_money, open_doors
+from tests.doors import PDF, PNG, ask_at_once, key_without_money, open_doors
 from tests.harness import Rig
 from tests.http_servers import HttpServer
 
@@ -370,6 +371,52 @@ def test_a_key_stands_for_one_request(client: Anthropic, rig: Rig) -> None:
     assert len(rig.sandbox.calls()) == 1
     with pytest.raises(anthropic.ConflictError):
         ask("Good evening.")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_same_key_at_once_is_one_job(
+    server: HttpServer, rig: Rig, *, streamed: bool
+) -> None:
+    rig.sandbox.settings(latency_ms=300, tokens_per_s=200)
+    body = {
+        "model": "sluice/draft",
+        "max_tokens": 99,
+        "messages": user("TOKENS: 60\nOnce only."),
+        "stream": streamed,
+    }
+    other = {**body, "messages": user("Something else.")}
+    answers, refused = await ask_at_once(server, "/v1/messages", body, other)
+    assert {answer.status_code for answer in answers} == {200}, answers[0].text
+    assert len(rig.sandbox.calls()) == 1
+    (job_id,) = {answer.headers["x-sluice-job-id"] for answer in answers}
+    text = rig.client.handle(job_id).result(60).text
+    assert len(text) == 240
+    if streamed:
+        for answer in answers:
+            assert _told(answer.text) == _told(answers[0].text)
+        assert _told(answers[0].text)["text"] == text
+    else:
+        (content,) = {answer.content for answer in answers}
+        assert json.loads(content)["content"][0]["text"] == text
+    assert refused.status_code == 409
+    told = refused.json()
+    assert set(told) == {"type", "error", "request_id"}
+    assert (told["type"], told["error"]["type"]) == ("error", "conflict_error")
+    assert told["error"]["details"]["error_code"] == "idempotency_conflict"
+    assert told["request_id"] == refused.headers["request-id"]
+    assert refused.headers["x-should-retry"] == "false"
+
+
+def _told(stream: str) -> dict[str, Any]:
+    """Return what a stream tells, however it is cut into events."""
+    blocks = [block for block in stream.split("\n\n") if block.startswith("event: ")]
+    events = [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
+    deltas = [one["delta"] for one in events if one["type"] == "content_block_delta"]
+    rest = ("ping", "content_block_delta")
+    return {
+        "text": "".join(delta["text"] for delta in deltas),
+        "around": [one for one in events if one["type"] not in rest],
+    }
 
 
 def test_a_wait_that_is_over_tells_the_job(client: Anthropic, rig: Rig) -> None:

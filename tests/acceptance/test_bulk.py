@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
-from sluicegate.cli import run
 from sluicegate.shared.jobs import Lane
-from tests.harness import FULL, Rig, environment_of
+from sluicegate.shared.settings import Settings
+from tests.command_line import Command
+from tests.harness import FULL, Rig
 from tests.polling import eventually
 
 LINES = 20_000 if FULL else 400
@@ -29,17 +30,13 @@ def _workers(module_rig: Rig) -> None:
     module_rig.await_worker(worker)
 
 
-def bulk(rig: Rig, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `sluice bulk` as an operator does."""
-    return subprocess.run(
-        [sys.executable, "-m", "sluicegate.cli", "bulk", *map(str, arguments)],
-        env=environment_of(rig.settings),
-        cwd=rig.folder,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+@pytest.fixture
+def bulk(
+    rig: Rig, command_line: Callable[[Settings], Command], monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """Return `sluice bulk`, as an operator runs it beside the fleet."""
+    monkeypatch.chdir(rig.folder)
+    return partial(command_line(rig.settings), "bulk")
 
 
 def write_notes(rig: Rig, name: str, lines: int) -> list[str]:
@@ -64,18 +61,18 @@ _SUBMIT = ("--use-case", "summary", "--template", "Summarise: {note}")
 
 
 @pytest.mark.timeout(_TIMEOUT_S)
-def test_every_line_of_a_file_is_done_once(rig: Rig) -> None:
+def test_every_line_of_a_file_is_done_once(rig: Rig, bulk: Command) -> None:
     markers = write_notes(rig, "notes.csv", LINES)
-    submitted = bulk(rig, "submit", "notes.csv", *_SUBMIT)
-    assert submitted.returncode == 0, submitted.stderr
-    batch_id = submitted.stdout.strip()
-    watched = bulk(rig, "watch", batch_id, "--json")
-    assert watched.returncode == 0, watched.stderr
-    view = json.loads(watched.stdout)
+    submitted = bulk("submit", "notes.csv", *_SUBMIT)
+    assert submitted.code == 0, submitted.err
+    batch_id = submitted.out.strip()
+    watched = bulk("watch", batch_id, "--json")
+    assert watched.code == 0, watched.err
+    view = json.loads(watched.out)
     assert (view["total"], view["succeeded"], view["failed"]) == (LINES, LINES, 0)
 
-    written = bulk(rig, "results", batch_id, "-o", "results.csv")
-    assert written.returncode == 0, written.stderr
+    written = bulk("results", batch_id, "-o", "results.csv")
+    assert written.code == 0, written.err
     with (rig.folder / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["metadata.id"] for row in table] == [str(n) for n in range(1, LINES + 1)]
@@ -87,27 +84,23 @@ def test_every_line_of_a_file_is_done_once(rig: Rig) -> None:
     billed = rig.sandbox.bill()["billed_nano_usd"]
     assert view["cost_nano_usd"] == sum(int(row["cost_nano_usd"]) for row in table) == billed > 0
     # The same again costs nothing.
-    again = bulk(rig, "submit", "notes.csv", *_SUBMIT, "--watch")
-    assert (again.returncode, again.stdout.splitlines()[0]) == (0, batch_id), again.stderr
+    again = bulk("submit", "notes.csv", *_SUBMIT, "--watch")
+    assert (again.code, again.out.splitlines()[0]) == (0, batch_id), again.err
     assert rig.sandbox.bill()["billed_nano_usd"] == billed
 
 
-def test_a_batch_is_cancelled_while_it_runs(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # Twenty seconds of work; cancelled in this process, because starting one may take some.
+def test_a_batch_is_cancelled_while_it_runs(rig: Rig, bulk: Command) -> None:
+    # Twenty seconds of work.
     lines = 1000
     rig.sandbox.settings(latency_ms=1000)
     # What is tried again comes back after the batch was cancelled.
     rig.sandbox.add_fault("http_500", prompt_contains="[cancelled.csv 1]")
     markers = write_notes(rig, "cancelled.csv", lines)
-    batch_id = bulk(rig, "submit", "cancelled.csv", *_SUBMIT).stdout.strip()
+    batch_id = bulk("submit", "cancelled.csv", *_SUBMIT).out.strip()
     batch = rig.client.batch(UUID(batch_id))
-    for name, value in environment_of(rig.settings).items():
-        monkeypatch.setenv(name, value)
     eventually(lambda: batch.progress().ended > 20)
-    assert run(["bulk", "cancel", batch_id]) == 0
-    assert "jobs are cancelled" in capsys.readouterr().out
+    cancelled = bulk("cancel", batch_id)
+    assert (cancelled.code, "jobs are cancelled" in cancelled.out) == (0, True), cancelled
     view = batch.wait(timeout=60)
     assert view.succeeded + view.cancelled + view.failed == lines
     assert view.cancelled > 0
@@ -122,17 +115,17 @@ def test_a_batch_is_cancelled_while_it_runs(
         assert made == (result.state == "succeeded") or "[cancelled.csv 1]" in marker, result
     ids = [result.job_id for result in results]
     assert rig.booked_nano_usd(ids) == view.cost_nano_usd
-    assert bulk(rig, "watch", batch_id).returncode == 1
+    assert bulk("watch", batch_id).code == 1
 
 
-def test_lines_that_cannot_succeed_are_told(rig: Rig) -> None:
+def test_lines_that_cannot_succeed_are_told(rig: Rig, bulk: Command) -> None:
     rig.sandbox.add_fault("http_400", prompt_contains="[failing.csv 2]")
     write_notes(rig, "failing.csv", 3)
-    outcome = bulk(rig, "submit", "failing.csv", *_SUBMIT, "--watch")
-    assert outcome.returncode == 1
-    batch_id, *_, last = outcome.stdout.splitlines()
+    outcome = bulk("submit", "failing.csv", *_SUBMIT, "--watch")
+    assert outcome.code == 1
+    batch_id, *_, last = outcome.out.splitlines()
     assert last.startswith("3 of 3 have ended, 2 succeeded, 1 failed, $0.0")
-    failed = bulk(rig, "results", batch_id, "--state", "failed").stdout
+    failed = bulk("results", batch_id, "--state", "failed").out
     assert Path(rig.folder / "failing.csv").exists()
     entry = json.loads(failed)
     assert (entry["metadata"], entry["text"]) == ({"id": "2"}, "")

@@ -22,7 +22,10 @@ import pytest
 from sluicegate.demo import load_jobs
 from sluicegate.shared.celery_app import USE_CASES
 from sluicegate.workers.local.processes import end
+from tests.benchmarks.cost import cells, lines
 from tests.polling import eventually
+
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 _MARKER = "SLUICE_TEST_DEMO_ID"
 _START_S = 120.0
@@ -128,6 +131,13 @@ def test_all_jobs_succeed_and_nothing_is_left(start_demo: Callable[..., Demo]) -
     assert "no process is left" in demo.said
     assert demo.is_gone()
     assert not list(demo.folder.glob("sluice-demo-*"))
+    # The README says what these jobs cost, as `./dev bench --cost` prints it.
+    section = (
+        README.read_text().partition("<!-- cost:begin -->")[2].partition("<!-- cost:end -->")[0]
+    )
+    table = [line for line in section.splitlines() if line.startswith("|")][2:]
+    said = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table]
+    assert said == [cells(line) for line in lines(told["by_use_case"])]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)

@@ -78,8 +78,8 @@ def test_each_example_runs(
     # No client knows the account that is erased: it need not wait until all have forgotten it.
     monkeypatch.setattr(erasing, "_CLOSED_AFTER_S", 0.0)
     rig.start_sweep()
-    for lane in Lane:
-        rig.start_worker("anthropic", ["draft", "summary"], lane)
+    for worker in [rig.begin_worker("anthropic", ["draft", "summary"], lane) for lane in Lane]:
+        rig.await_worker(worker)
     Path("notes.csv").write_text("note\nThe customer is happy.\nThe invoice came twice.\n")
     Path("key.txt").write_text("sk-of-acme\n")
     client = rig.client

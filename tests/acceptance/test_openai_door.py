@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from sluicegate.workers.local.sandbox_faults import Fault
 from tests.command_line import Command
-from tests.doors import PDF, PNG, key_without_money, open_doors
+from tests.doors import PDF, PNG, ask_at_once, key_without_money, open_doors
 from tests.harness import Rig
 from tests.http_servers import HttpServer, start_http
 
@@ -427,6 +427,51 @@ def test_a_key_stands_for_one_request(client: OpenAI, rig: Rig) -> None:
     with pytest.raises(openai.ConflictError) as caught:
         ask("Good evening.")
     assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_same_key_at_once_is_one_job(
+    server: HttpServer, rig: Rig, *, streamed: bool
+) -> None:
+    rig.sandbox.settings(latency_ms=300, tokens_per_s=200)
+    body = {
+        "model": "sluice/general",
+        "messages": user("TOKENS: 60\nOnce only."),
+        "stream": streamed,
+    }
+    other = {**body, "messages": user("Something else.")}
+    answers, refused = await ask_at_once(server, "/v1/chat/completions", body, other)
+    assert {answer.status_code for answer in answers} == {200}, answers[0].text
+    assert len(rig.sandbox.calls()) == 1
+    (job_id,) = {answer.headers["x-sluice-job-id"] for answer in answers}
+    text = rig.client.handle(job_id).result(60).text
+    assert len(text) == 240
+    if streamed:
+        for answer in answers:
+            assert _told(answer.text) == _told(answers[0].text)
+        assert _told(answers[0].text)["text"] == text
+    else:
+        (content,) = {answer.content for answer in answers}
+        assert json.loads(content)["choices"][0]["message"]["content"] == text
+    assert refused.status_code == 409
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "idempotency_conflict")
+    assert set(error) == {"message", "type", "param", "code"}
+    assert refused.headers["x-should-retry"] == "false"
+
+
+def _told(stream: str) -> dict[str, Any]:
+    """Return what a stream tells, however it is cut into chunks, and whenever it was begun."""
+    *events, done = [line.removeprefix("data: ") for line in stream.split("\n\n") if line]
+    chunks = [json.loads(event) for event in events if not event.startswith(":")]
+    assert done == "[DONE]"
+    return {
+        "id": {chunk["id"] for chunk in chunks},
+        "model": {chunk["model"] for chunk in chunks},
+        "text": "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks),
+        "finish": chunks[-1]["choices"][0]["finish_reason"],
+        "ours": chunks[-1]["sluicegate"],
+    }
 
 
 def test_a_wait_that_is_over_tells_the_job(client: OpenAI, rig: Rig) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -21,13 +21,43 @@ from sqlalchemy.pool import NullPool
 
 from sluicegate.shared import migrations
 from sluicegate.shared.settings import Settings
+from tests.command_line import Command
 from tests.harness import Service, environment_of
 from tests.polling import eventually
 
 CELERY = [sys.executable, "-m", "celery", "-A", "sluicegate.workers.app", "worker"]
 SLUICE = [sys.executable, "-m", "sluicegate.cli"]
+UP = ["up", "--data-dir", "data"]
 
+#: Each has something refused, and returns what was said.
 Run = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    settings: Settings,
+    command_line: Callable[[Settings], Command],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Return a function that gives `sluice`, in this process, a command that it must refuse."""
+    monkeypatch.delenv("FLOWER_BASIC_AUTH", raising=False)
+
+    def ask(*words: str, **changes: object) -> str:
+        before = psutil.Process().children()
+        ended = command_line(settings.model_copy(update=changes))(*words)
+        assert (ended.code in (1, 2), ended.out) == (True, ""), ended
+        return _only_line(ended.err, set(psutil.Process().children()) - set(before))
+
+    return ask
+
+
+def _only_line(said: str, left: Collection[psutil.Process]) -> str:
+    """Return the one sentence of a refusal, which leaves no process behind."""
+    lines = [line for line in said.splitlines() if line != "Starting the fleet ..."]
+    assert len(lines) == 1, said
+    assert lines[0].startswith("sluice: "), said
+    assert not left, left
+    return lines[0]
 
 
 @pytest.fixture
@@ -60,10 +90,8 @@ def _closed_port() -> int:
     [
         (["-Q", "draft.anthropic,draft.anthropic.bulk"], "a worker serves one lane"),
         (["-Q", "draft.anthropic,draft.openai"], "a worker serves one pool"),
-        (["-Q", "draft"], "'draft' is not a queue of this fleet"),
         # Celery takes `-P prefork`, its own default, for the configured pool.
         (["-Q", "draft.anthropic", "-P", "threads"], "runs on the asyncio pool only"),
-        (["-Q", "draft.anthropic", "-P", "solo"], "runs on the asyncio pool only"),
         ([], "a worker serves one"),
     ],
 )
@@ -84,21 +112,17 @@ def test_a_worker_with_an_old_schema(run: Run, empty_database: str) -> None:
     assert "run `sluice db upgrade`" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["worker", "nobody"], "'nobody' is not a pool"),
-        (["worker", "anthropic", "-Q", "draft"], "'draft' is not a queue of this fleet"),
-    ],
-)
-def test_the_command_line_says_it_too(run: Run, arguments: list[str], sentence: str) -> None:
-    assert sentence in run(*SLUICE, *arguments)
+def test_the_command_line_says_it_too(run: Run, refused: Run) -> None:
+    assert "'nobody' is not a pool" in refused("worker", "nobody")
+    # It becomes the worker.
+    said = run(*SLUICE, "worker", "anthropic", "-Q", "draft")
+    assert "'draft' is not a queue of this fleet" in said
 
 
-@pytest.mark.parametrize("arguments", [["worker", "anthropic"], ["sweep"]])
-def test_the_command_line_without_postgres(run: Run, arguments: list[str]) -> None:
+def test_the_command_line_without_postgres(run: Run, refused: Run) -> None:
     away = f"postgresql+psycopg://sluice@127.0.0.1:{_closed_port()}/sluice"
-    assert "Postgres" in run(*SLUICE, *arguments, database_url=away)
+    assert "Postgres" in refused("worker", "anthropic", database_url=away)
+    assert "Postgres" in run(*SLUICE, "sweep", database_url=away)
 
 
 def test_the_sweep_with_an_old_schema(run: Run, empty_database: str) -> None:
@@ -120,7 +144,7 @@ class _Up:
         self._marker = uuid4().hex
         self.service = Service(
             "up",
-            [*SLUICE, "up", "--data-dir", "data", *options],
+            [*SLUICE, *UP, *options],
             variables | {_MARKER: self._marker},
             folder / f"up-{self._marker}.log",
         )
@@ -130,11 +154,7 @@ class _Up:
         code = self.service.wait(UP_S)
         said = self.service.log
         assert code in (1, 2), said
-        lines = [line for line in said.splitlines() if line != "Starting the fleet ..."]
-        assert len(lines) == 1, said
-        assert lines[0].startswith("sluice: "), said
-        self.leaves_nothing()
-        return lines[0]
+        return _only_line(said, self._left())
 
     def says(self, sentence: str) -> str:
         """Wait until it says this, a regular expression; return its first group or all of it."""
@@ -154,11 +174,12 @@ class _Up:
         assert self.service.log.splitlines()[-1] == "The fleet has stopped."
         assert "Warm shutdown" not in self.service.log
         assert "Traceback" not in self.service.log
-        self.leaves_nothing()
-
-    def leaves_nothing(self) -> None:
-        left = [process for process in psutil.process_iter() if self._started(process)]
+        left = self._left()
         assert not left, left
+
+    def _left(self) -> list[psutil.Process]:
+        """Its processes that live."""
+        return [process for process in psutil.process_iter() if self._started(process)]
 
     def _started(self, process: psutil.Process) -> bool:
         with suppress(psutil.Error):
@@ -205,25 +226,25 @@ def _run_sql(settings: Settings, statement: str) -> None:
         connection.execute(text(statement))
 
 
-def test_up_with_a_port_that_is_taken(up: Up, tmp_path: Path) -> None:
+def test_up_with_a_port_that_is_taken(refused: Run, tmp_path: Path) -> None:
     with _taken_port() as port:
-        said = up("--sandbox", "--flower", str(port)).refused()
+        said = refused(*UP, "--sandbox", "--flower", str(port))
     assert re.search(rf"cannot listen on port {port} of 127\.0\.0\.1 .*choose another", said)
     assert not (tmp_path / "data").exists()
 
 
-def test_up_with_a_flower_that_others_could_open(up: Up, tmp_path: Path) -> None:
-    said = up("--sandbox", "--flower", "0.0.0.0:0").refused()
+def test_up_with_a_flower_that_others_could_open(refused: Run, tmp_path: Path) -> None:
+    said = refused(*UP, "--sandbox", "--flower", "0.0.0.0:0")
     assert "set FLOWER_BASIC_AUTH=user:password, or use 127.0.0.1" in said
     assert not (tmp_path / "data").exists()
 
 
-def test_up_with_an_address_for_http_that_cannot_be(up: Up, tmp_path: Path) -> None:
-    assert "--http: 'here' is not PORT or HOST:PORT" in up("--sandbox", "--http", "here").refused()
-    said = up("--sandbox", "--http", "0.0.0.0:0").refused()
+def test_up_with_an_address_for_http_that_cannot_be(refused: Run, tmp_path: Path) -> None:
+    assert "--http: 'here' is not PORT or HOST:PORT" in refused(*UP, "--sandbox", "--http", "here")
+    said = refused(*UP, "--sandbox", "--http", "0.0.0.0:0")
     assert said.endswith("others reach 0.0.0.0; use 127.0.0.1")
     with _taken_port() as port:
-        said = up("--sandbox", "--http", str(port)).refused()
+        said = refused(*UP, "--sandbox", "--http", str(port))
     assert said.startswith(f"sluice: --http: cannot listen on port {port} of 127.0.0.1 ")
     assert not (tmp_path / "data").exists()
 
@@ -245,27 +266,27 @@ def test_up_with_http_beside_it(up: Up) -> None:
         (["--port", "70000"], "less than or equal to 65535"),
     ],
 )
-def test_http_that_is_started_wrongly(run: Run, arguments: list[str], sentence: str) -> None:
-    assert sentence in run(*SLUICE, "http", *arguments)
+def test_http_that_is_started_wrongly(refused: Run, arguments: list[str], sentence: str) -> None:
+    assert sentence in refused("http", *arguments)
 
 
-def test_http_with_a_port_that_is_taken(run: Run) -> None:
+def test_http_with_a_port_that_is_taken(refused: Run) -> None:
     with _taken_port() as port:
-        said = run(*SLUICE, "http", "--port", str(port))
+        said = refused("http", "--port", str(port))
     assert re.search(
         rf"--port: cannot listen on port {port} of 127\.0\.0\.1 .*choose another", said
     )
 
 
-def test_up_without_a_key(up: Up) -> None:
-    said = up().refused()
+def test_up_without_a_key(refused: Run) -> None:
+    said = refused(*UP)
     assert "set OPENAI_API_KEY or ANTHROPIC_API_KEY" in said
     assert said.endswith("or use --sandbox")
 
 
-def test_up_without_postgres(up: Up) -> None:
+def test_up_without_postgres(refused: Run) -> None:
     away = f"postgresql+psycopg://sluice@127.0.0.1:{_closed_port()}/sluice"
-    said = up("--sandbox", database_url=away).refused()
+    said = refused(*UP, "--sandbox", database_url=away)
     assert said.endswith("check SLUICE_DATABASE_URL and that PostgreSQL is running")
 
 
@@ -275,29 +296,29 @@ def test_up_without_postgres_where_it_would_run_redis_itself(up: Up) -> None:
     assert said.endswith("check SLUICE_DATABASE_URL and that PostgreSQL is running")
 
 
-def test_up_without_redis(up: Up) -> None:
-    said = up("--sandbox", redis_url=f"redis://127.0.0.1:{_closed_port()}/0").refused()
+def test_up_without_redis(refused: Run) -> None:
+    said = refused(*UP, "--sandbox", redis_url=f"redis://127.0.0.1:{_closed_port()}/0")
     assert said.endswith("check SLUICE_REDIS_URL and that Redis is running")
 
 
-def test_up_with_a_schema_that_is_newer_than_the_code(up: Up, settings: Settings) -> None:
+def test_up_with_a_schema_that_is_newer_than_the_code(refused: Run, settings: Settings) -> None:
     _run_sql(settings, "UPDATE alembic_version SET version_num = '9999'")
-    said = up("--sandbox").refused()
+    said = refused(*UP, "--sandbox")
     assert "the database is at revision 9999" in said
     assert "install the newer version" in said
 
 
-def test_up_with_an_old_schema_that_it_may_not_change(up: Up, empty_database: str) -> None:
+def test_up_with_an_old_schema_that_it_may_not_change(refused: Run, empty_database: str) -> None:
     old = Settings(_env_file=None, database_url=empty_database)
     migrations.upgrade(old, "0001")
     name = make_url(empty_database).database
     _run_sql(old, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    said = up("--sandbox", database_url=empty_database).refused()
+    said = refused(*UP, "--sandbox", database_url=empty_database)
     assert "refused the migration, nothing was changed: " in said
 
 
 @pytest.mark.parametrize("place", ["below a file", "a file", "a folder nobody may write to"])
-def test_up_with_a_data_folder_that_it_cannot_use(up: Up, tmp_path: Path, place: str) -> None:
+def test_up_with_a_data_folder_that_it_cannot_use(refused: Run, tmp_path: Path, place: str) -> None:
     folder = tmp_path / "no-folder"
     match place:
         case "below a file":
@@ -309,7 +330,7 @@ def test_up_with_a_data_folder_that_it_cannot_use(up: Up, tmp_path: Path, place:
             folder.mkdir(mode=0o500)
         case _:  # root may write wherever there is a disk
             folder = Path("/proc")
-    said = up("--sandbox", "--data-dir", str(folder)).refused()
+    said = refused(*UP, "--sandbox", "--data-dir", str(folder))
     assert re.search(rf"data folder {folder} cannot be used .*choose another with --data-dir", said)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,9 +14,11 @@ import pytest
 
 from sluicegate.shared.celery_app import make_celery
 from sluicegate.shared.secrets import Secret, new_key
+from sluicegate.shared.settings import Settings
 from sluicegate.workers.local.sandbox_control import SandboxControl
+from tests.command_line import Command
 from tests.dumping import dump
-from tests.harness import FULL, Rig, Service, environment_of, open_rig
+from tests.harness import FULL, Rig, Service, open_rig
 from tests.polling import eventually
 
 #: Jobs that each account adds when the workers are about to run out.
@@ -29,6 +29,8 @@ OLD, NEW = new_key(), new_key()
 BOTH = Secret(f"{NEW.get_secret_value()},{OLD.get_secret_value()}")
 KEYS = {name: f"sk-recognisable-{name}" for name in ACCOUNTS}
 NEXT = "sk-recognisable-next"
+
+Run = Callable[..., str]
 
 
 @pytest.fixture
@@ -50,20 +52,17 @@ def rig(postgres: Any, valkey: str, sandbox: SandboxControl, tmp_path: Path) -> 
         yield rig
 
 
-def sluice(rig: Rig, *arguments: str, encryption_keys: Secret = OLD, stdin: str = "") -> str:
-    """Run a command; return all it said."""
-    settings = rig.settings.model_copy(update={"encryption_keys": encryption_keys})
-    done = subprocess.run(
-        [sys.executable, "-m", "sluicegate.cli", *arguments],
-        input=stdin,
-        env=environment_of(settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def sluice(rig: Rig, command_line: Callable[[Settings], Command]) -> Run:
+    """Return a function that runs a command with some keys, and returns all it said."""
+
+    def run(*arguments: str, encryption_keys: Secret = OLD, stdin: str = "") -> str:
+        settings = rig.settings.model_copy(update={"encryption_keys": encryption_keys})
+        done = command_line(settings)(*arguments, stdin=stdin)
+        assert done.code == 0, done.err
+        return done.out + done.err
+
+    return run
 
 
 def digest(key: str) -> str:
@@ -78,8 +77,9 @@ def keys_of(rig: Rig, ids: list[UUID]) -> set[str]:
 class Load:
     """Jobs of all accounts, so many that the workers are never idle while something is done."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, sluice: Run) -> None:
         self._rig = rig
+        self._sluice = sluice
         self.ids: dict[str, list[UUID]] = {name: [] for name in ACCOUNTS}
 
     @property
@@ -101,7 +101,7 @@ class Load:
     def run(self, *arguments: str, **options: Any) -> str:
         """Run a command while jobs run."""
         self.go_on(lambda: self._rig.states(self.all_ids).get("running"))
-        said = sluice(self._rig, *arguments, **options)
+        said = self._sluice(*arguments, **options)
         self.go_on(lambda: self._rig.states(self.all_ids).get("running"))
         return said
 
@@ -116,14 +116,14 @@ class Load:
 
 
 @pytest.mark.timeout(900 if FULL else 300)
-def test_all_keys_change_under_load_and_no_job_fails(rig: Rig) -> None:
+def test_all_keys_change_under_load_and_no_job_fails(rig: Rig, sluice: Run) -> None:
     for name in ("acme", "globex"):
-        sluice(rig, "account", "add", name)
-        sluice(rig, "secrets", "set", "openai", "--account", name, stdin=KEYS[name])
-    sluice(rig, "secrets", "set", "openai", stdin=KEYS["default"])
+        sluice("account", "add", name)
+        sluice("secrets", "set", "openai", "--account", name, stdin=KEYS[name])
+    sluice("secrets", "set", "openai", stdin=KEYS["default"])
     rig.sandbox.settings(latency_ms=200)
     rig.start_sweep()
-    load = Load(rig)
+    load = Load(rig, sluice)
 
     # The new key comes to the workers, which read with both; everything is encrypted with it; the
     # old one goes.
@@ -169,8 +169,8 @@ def _check_nothing_shows(rig: Rig, worker: str) -> None:
         assert key.get_secret_value() not in shown
 
 
-def test_a_worker_without_the_key_fails_its_jobs_and_says_what_to_do(rig: Rig) -> None:
-    sluice(rig, "secrets", "set", "openai", stdin=KEYS["default"])
+def test_a_worker_without_the_key_fails_its_jobs_and_says_what_to_do(rig: Rig, sluice: Run) -> None:
+    sluice("secrets", "set", "openai", stdin=KEYS["default"])
     rig.start_sweep()
     worker = rig.start_worker("openai", ["general"], encryption_keys=NEW)
     (job_id,) = rig.submit("general", 1)
@@ -189,7 +189,7 @@ def test_a_worker_without_the_key_fails_its_jobs_and_says_what_to_do(rig: Rig) -
     assert "cannot decrypt the openai key" in worker.log
     assert "Traceback" not in worker.log
 
-    sluice(rig, "secrets", "set", "openai", encryption_keys=NEW, stdin=NEXT)
+    sluice("secrets", "set", "openai", encryption_keys=NEW, stdin=NEXT)
 
     eventually(lambda: _opened_by(rig, NEXT), 60)
     assert worker.ended() is None

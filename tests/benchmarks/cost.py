@@ -37,8 +37,11 @@ def measure() -> list[dict[str, Any]]:
     )
     if done.returncode:
         raise BenchError(f"the demo failed with exit code {done.returncode}\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    by_use_case = told["by_use_case"]
+    return lines(json.loads(done.stdout.splitlines()[-1])["by_use_case"])
+
+
+def lines(by_use_case: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the same, of what the demo has said of each use case."""
     whole = {name: sum(one[name] for one in by_use_case.values()) for name in _ADDED}
     return [
         *(_line(name, one) for name, one in by_use_case.items()),

@@ -251,6 +251,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--rounds must be at least 1")
     if not 0 < options.seconds <= 600:
         parser.error("--seconds must be above 0 and at most 600")
+    named = set(options.case or ())
+    over_http = named & http_cases.CASES.keys()
+    if named and (options.cost or options.reports):
+        parser.error("--cost and --reports have no cases: leave --case out")
+    if (over_http or options.http) and (others := named - over_http):
+        parser.error(f"cases over HTTP are measured alone: leave out {', '.join(sorted(others))}")
+    options.http = options.http or bool(over_http)
     return options
 
 

@@ -317,7 +317,9 @@ def rig(settings: Settings, sandbox: SandboxControl, tmp_path: Path) -> Iterator
 def test_workers_book_by_it_and_what_is_booked_stays(
     rig: Rig, command_line: Callable[[Settings], Command]
 ) -> None:
-    workers = [rig.start_worker("openai", ["general"]) for _ in range(2)]
+    workers = [rig.begin_worker("openai", ["general"]) for _ in range(2)]
+    for worker in workers:
+        rig.await_worker(worker)
     (first,) = rig.submit("general", 1)
     rig.await_over([first])
     (booked,) = _entries(rig)

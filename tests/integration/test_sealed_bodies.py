@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import httpx2
 import orjson
 import psycopg
 import pytest
@@ -15,6 +16,7 @@ from sluicegate.shared.database import BY_KEY
 from sluicegate.shared.errors import SettingsError
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Lane
+from sluicegate.shared.messages import LARGE_BYTES
 from sluicegate.shared.secrets import Keyring, Secret, SecretUnreadable, new_key
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.settlement import Settlement, Settler
@@ -23,9 +25,12 @@ from tests.books import untold
 from tests.command_line import Command
 from tests.dumping import dump, dump_redis
 from tests.harness import Rig
+from tests.http_servers import start_http
 from tests.polling import eventually
 
 CANARY = "canary-4711"
+#: A piece of an image, as base64 is written.
+PICTURE = "CanaryPicture471"
 OLD, NEW = new_key(), new_key()
 
 
@@ -79,6 +84,37 @@ def test_a_job_goes_round_and_the_database_holds_no_word_of_it(rig: Rig) -> None
     )
     assert (row.state, row.cost) == ("succeeded", result.cost_nano_usd)
     assert client.submit("draft", CANARY, idempotency_key="k-1", **options).id == handle.id
+
+
+def test_a_large_request_over_http_too(rig: Rig) -> None:
+    """One that is encoded, sealed and opened beside the event loop."""
+    server = start_http(rig)
+    image = PICTURE * (LARGE_BYTES // len(PICTURE) + 1)
+    body = {
+        "prompt": f"ECHO: seen by {CANARY}",
+        "images": [image],
+        "useCase": "draft",
+        "metadata": {"lead": CANARY},
+    }
+    with httpx2.Client(base_url=server.url, headers=server.headers, timeout=60) as client:
+        answer = client.post("/api/llm", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["text"] == f"seen by {CANARY}"
+        job_id = answer.json()["id"]
+        (stored,) = rig.rows(
+            "SELECT request::text AS request FROM job_bodies WHERE job_id = %(id)s", id=job_id
+        )
+        assert stored.request.startswith('{"sealed":')
+        assert len(stored.request) > LARGE_BYTES
+        rig.redis.delete(*rig.redis.keys(f"{rig.settings.redis_prefix}reply:*"))
+        view = client.get(f"/api/llm/jobs/{job_id}").json()  # from Postgres
+    assert view["answer"]["text"] == f"seen by {CANARY}"
+    assert view["metadata"] == {"lead": CANARY}
+    request = orjson.loads(Bodies.of(rig.settings).open_request(stored.request))
+    assert [part.get("data") for part in request["messages"][0]["content"]] == [image, None]
+    held = dump(rig.settings.database_dsn)
+    assert CANARY not in held
+    assert PICTURE not in held + dump_redis(rig.redis, rig.settings.redis_prefix)
 
 
 def test_batches_and_joined_jobs_too(rig: Rig) -> None:
