@@ -151,20 +151,23 @@ def up(
     with Fleet(
         data_dir=data_dir, sandbox=sandbox, bulk=bulk, flower=watcher, http=door, echo=True
     ) as fleet:
-        for pool in fleet.keyless_pools:
-            console.print(
-                f"[yellow]There is no key for {pool}[/], so its jobs will fail: "
-                f"set {pool.upper()}_API_KEY and start again.",
-                soft_wrap=True,
-            )
-        console.print(f"[green]The fleet runs.[/] {fleet.where}. Stop: Ctrl-C", soft_wrap=True)
-        if watcher is not None:
-            console.print(f"Flower: {watcher.url}", soft_wrap=True)
-        if door is not None:
-            console.print(f"HTTP: {door.url}/docs", soft_wrap=True)
-        for name, value in fleet.client_environment.items():
-            typer.echo(f"export {name}={value}")
-        code = fleet.run_until_stopped()
+
+        def tell() -> None:
+            for pool in fleet.keyless_pools:
+                console.print(
+                    f"[yellow]There is no key for {pool}[/], so its jobs will fail: "
+                    f"set {pool.upper()}_API_KEY and start again.",
+                    soft_wrap=True,
+                )
+            console.print(f"[green]The fleet runs.[/] {fleet.where}. Stop: Ctrl-C", soft_wrap=True)
+            if watcher is not None:
+                console.print(f"Flower: {watcher.url}", soft_wrap=True)
+            if door is not None:
+                console.print(f"HTTP: {door.url}/docs", soft_wrap=True)
+            for name, value in fleet.client_environment.items():
+                typer.echo(f"export {name}={value}")
+
+        code = fleet.run_until_stopped(tell)
     if code == 0:
         console.print("The fleet has stopped.")
     raise typer.Exit(code)

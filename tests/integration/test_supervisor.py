@@ -1,5 +1,6 @@
 """The supervisor with real processes: restarts, order of stopping, and nothing left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def test_crashed_child_is_started_again(tmp_path: Path) -> None:
     assert gone(second)
     log = tmp_path / "one.log"
     assert f"-- ended by SIGKILL (log: {log}); starting again in 0.05 s" in log.read_text()
+
+
+def test_who_is_told_that_it_runs_may_stop_it_at_once(tmp_path: Path) -> None:
+    supervisor = Supervisor([Child(name="one", argv=python(SLEEP))], grace_s=5, log_dir=tmp_path)
+    supervisor.start()
+    child = supervisor.pids["one"]
+    assert supervisor.run_until_stopped(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    assert gone(child)
 
 
 def test_waits_double_up_to_their_cap_and_then_it_gives_up(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -118,9 +119,12 @@ class Fleet:
         """Stop everything: workers drain first, servers go last."""
         self._stack.close()
 
-    def run_until_stopped(self) -> int:
-        """Watch the processes until SIGINT or SIGTERM; return the exit code."""
-        return self.supervisor.run_until_stopped()
+    def run_until_stopped(self, ready: Callable[[], None]) -> int:
+        """Watch the processes until SIGINT or SIGTERM; return the exit code.
+
+        ready: called once those signals are waited for.
+        """
+        return self.supervisor.run_until_stopped(ready)
 
     def __enter__(self) -> Self:
         self.start()

@@ -145,14 +145,17 @@ class Supervisor:
             elif run.process is None and now >= run.restart_at:
                 run.start()
 
-    def run_until_stopped(self) -> int:
+    def run_until_stopped(self, ready: Callable[[], None] | None = None) -> int:
         """Watch the children until SIGINT or SIGTERM, then stop them; return our exit code.
 
+        ready: called once those signals are waited for: who is told then may send one at once.
         0 after an orderly stop. A second signal kills them at once: 128 + that signal.
         Raises ChildFailedError, with all children stopped, when one keeps failing.
         """
         with caught_signals((signal.SIGINT, signal.SIGTERM)) as caught:
             try:
+                if ready is not None:
+                    ready()
                 while not caught:
                     self.poll()
                     time.sleep(_POLL_S)
