@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from sluicegate.producers.http.callers import Caller, Role
-from sluicegate.producers.http.idempotency import given_key, stored_key
+from sluicegate.producers.http.idempotency import check_key, given_key, stored_key
 from sluicegate.producers.http.problems import Problem, invalid, problem_of
 from sluicegate.producers.http.shapes import Ask, answered
 from sluicegate.shared.errors import (
@@ -211,7 +211,7 @@ def test_a_users_key_is_his_own_and_an_owners_the_accounts() -> None:
     assert len(stored_key("k" * 200, ann)) <= 255
     for bad in ("", "k" * 201, "a b", "ä", "k\n"):
         with pytest.raises(Problem):
-            stored_key(bad, ann)
+            check_key(bad)
 
 
 def test_an_answer() -> None:
