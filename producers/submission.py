@@ -183,7 +183,8 @@ def read_request(use_case: object, prompt: object, options: Mapping[str, Any]) -
     unknown = options.keys() - _TERMS - _FIELDS
     if unknown:
         known = ", ".join(sorted(_TERMS | _FIELDS))
-        raise InvalidJob(min(map(str, unknown)), f"is not an option of a job; there are {known}")
+        name = min(map(str, unknown)) or '""'
+        raise InvalidJob(name, f"is not an option of a job; there are {known}")
     given = {name: options[name] for name in _TERMS & options.keys()}
     if "deadline" in given:
         given["deadline"] = _seconds_left(given["deadline"])

@@ -105,6 +105,7 @@ def test_a_messages_content_may_be_plain_text() -> None:
 
 
 REFUSED: list[tuple[str, Any, Any, dict[str, Any]]] = [
+    ('""', "draft", "hello", {"": None}),
     ("use_case", "nope", "hi", {}),
     ("use_case", "Not A Name", "hi", {}),
     ("use_case", 7, "hi", {}),
