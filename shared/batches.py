@@ -15,15 +15,15 @@ CANCEL_SLICE: Final = 1000
 LAST_LINE: Final = "SELECT max(batch_line) AS last FROM jobs WHERE batch_id = %(batch_id)s"
 
 #: Cancels the jobs of batch `%(batch_id)s` that wait, of the slice behind line `%(after)s`; returns
-#: how many. Those that run go on. No terminal event is written: a reader who waits finds the row at
-#: its next look.
+#: how many. Those that run go on; those that are staged at this moment are waited for, not passed
+#: over. No terminal event is written: a reader who waits finds the row at its next look.
 CANCEL_WAITING: Final = f"""
 WITH waiting AS (
     SELECT id FROM jobs
     WHERE batch_id = %(batch_id)s AND state IN ('queued', 'parked')
       AND batch_line > %(after)s AND batch_line <= %(after)s + {CANCEL_SLICE}
     ORDER BY id
-    FOR NO KEY UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE
 ), ended AS (
     UPDATE jobs j SET state = 'cancelled', fence = j.fence + 1, finished_at = now()
     FROM waiting WHERE j.id = waiting.id

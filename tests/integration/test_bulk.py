@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -788,6 +789,20 @@ def test_a_batch_that_is_over_is_not_cancelled(
     assert (outcome.code, outcome.err) == (1, said)
     assert json.loads(outcome.out)["newly_cancelled"] == 0
     assert batch.view().cancelled_at is None
+
+
+def test_cancel_does_not_pass_over_what_is_staged_at_that_moment(
+    client: Sluice, engine: Engine
+) -> None:
+    batch = client.submit_batch("summary", ["a", "b"])
+    with ThreadPoolExecutor(1) as pool:
+        with engine.execution_options(isolation_level="READ COMMITTED").begin() as staging:
+            staging.exec_driver_sql("SELECT FROM jobs FOR NO KEY UPDATE")  # as the stager begins
+            cancelling = pool.submit(batch.cancel)
+            waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = "
+            eventually(lambda: cancelling.done() or rows(engine, f"{waits} current_database()"))
+        assert cancelling.result(30) == 2
+    assert batch.progress().cancelled == 2
 
 
 async def test_what_comes_back_in_a_cancelled_batch_is_cancelled_too(

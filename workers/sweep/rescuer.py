@@ -139,7 +139,8 @@ async def resolve_lost(db: Database, replies: Replies, told: Told) -> list[JobMe
         messages += single_messages([row for row in rows if row.state == "queued"])
         if rows:
             log.warning("%d jobs of dead workers were resolved", len(rows))
-        if len(rows) < _BATCH:
+        if not rows:
+            # Two at once share a batch, so fewer than a batch does not say that there are no more.
             return messages
 
 
