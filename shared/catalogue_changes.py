@@ -19,6 +19,7 @@ from sluicegate.shared.errors import InvalidJob, SettingsError, UnknownPrice
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.messages import Frozen
 from sluicegate.shared.queues import queue_name
+from sluicegate.shared.refusals import first_errors
 from sluicegate.shared.routing import Needs, route
 from sluicegate.shared.tables import jobs
 
@@ -59,7 +60,7 @@ class Change(Frozen):
         try:
             return cls(**given)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            (first,) = first_errors(error, 1)
             problem = first["msg"].removeprefix("Value error, ")
             if first["type"] == "string_pattern_mismatch":
                 problem = "must be text on one line"

@@ -357,11 +357,10 @@ class Execution:
         self, job: Job, plan: Plan, attempt: Attempt, holding: Holding
     ) -> Job | Again | None:
         parts, channel = self._parts, holding.channel
-        returned = partial(reports.returned, job, plan)
         if job.lane is Lane.INTERACTIVE:
             parts.replies.begin(channel, model=attempt.model, attempt=attempt.number)
         if job.id in self._unwanted:
-            parts.gates.report(returned())
+            parts.gates.report(reports.returned(job, plan))
             return await self._end(job, outcomes.released(job, attempt))
         try:
             answer = await parts.caller.call(job, plan, channel)

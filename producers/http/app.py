@@ -170,7 +170,7 @@ def _endpoint(
                         settings=settings,
                         place=place,
                     )
-                    return await route.handler(visit)
+                    return _marked(await route.handler(visit), route.door, request_id)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets an answer
             problem = _problem(error, route.door, getattr(request.state, "job_id", None))
             if problem.status == 500:
@@ -221,9 +221,15 @@ def _refused(problem: Problem, door: Door, request_id: str) -> Response:
     headers = problem.headers
     if problem.job_id is not None:
         headers |= {JOB_HEADER: problem.job_id, "Location": job_url(problem.job_id)}
+    response = json_response(door.error(problem, request_id), problem.status, headers)
+    return _marked(response, door, request_id)
+
+
+def _marked(response: Response, door: Door, request_id: str) -> Response:
+    """Have an answer carry the request's id where the door's clients look for it."""
     if door.request_id_header is not None:
-        headers[door.request_id_header] = request_id
-    return json_response(door.error(problem, request_id), problem.status, headers)
+        response.headers[door.request_id_header] = request_id
+    return response
 
 
 def _door(path: str, routes: Sequence[Route]) -> Door:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, cast
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from sluicegate.producers.http.compatible import Asked, addressed, unknown_fields
+from sluicegate.producers.http.compatible import Asked, addressed, left_out, unknown_fields
 from sluicegate.producers.http.foreign_parts import (
     build,
     list_at,
@@ -20,6 +20,7 @@ from sluicegate.producers.http.foreign_parts import (
     parts_at,
     text_at,
     texts_at,
+    turn_of,
 )
 from sluicegate.producers.http.problems import wrong
 from sluicegate.producers.submission import JobOptions
@@ -103,16 +104,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-#: Read by hand; what of it one schema can tell for all roles is for the document alone.
-_Turn = Annotated[
-    dict[str, Any],
-    Field(
-        json_schema_extra={
-            "required": ["role"],
-            "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
-        }
-    ),
-]
+_Turn = Annotated[dict[str, Any], turn_of("system", "developer", "user", "assistant", "tool")]
 
 
 class ChatRequest(BaseModel):
@@ -159,13 +151,11 @@ class ChatRequest(BaseModel):
 
 def asked_of(body: ChatRequest) -> Asked:
     """Bring a request into our words; raise `Problem`."""
-    extra = dict(body.model_extra or {})
-    _refuse(body, extra)
-    warnings = [
-        f"{name} is not taken here and was left out" for name in _STEERING if extra.get(name)
-    ]
-    for name in (*_STEERING, *_SILENT, *_REFUSED):
-        (body.model_extra or {}).pop(name, None)
+    if body.n not in (None, 1):
+        raise wrong("n", "must be 1; a request has one answer here")
+    if body.modalities not in (None, ["text"]):
+        raise wrong("modalities", 'must be ["text"]; answers are text')
+    warnings = left_out(body, refused=_REFUSED, steering=_STEERING, silent=_SILENT)
     warnings += unknown_fields(body)
     use_case, model = addressed(body.model)
     given = {name: getattr(body, name) for name in _AS_THEY_ARE}
@@ -193,16 +183,6 @@ def _formats(body: ChatRequest) -> JobOptions:
     if body.response_format is not None:
         options["response_format"] = _response_format(body.response_format)
     return options
-
-
-def _refuse(body: ChatRequest, extra: dict[str, Any]) -> None:
-    if body.n not in (None, 1):
-        raise wrong("n", "must be 1; a request has one answer here")
-    if body.modalities not in (None, ["text"]):
-        raise wrong("modalities", 'must be ["text"]; answers are text')
-    for name, problem in _REFUSED.items():
-        if extra.get(name):
-            raise wrong(name, problem)
 
 
 # Messages

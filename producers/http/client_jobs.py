@@ -23,6 +23,7 @@ from sluicegate.producers.http.idempotency import given_key, stored_key
 from sluicegate.producers.http.problems import Problem, body_of, problem_of
 from sluicegate.producers.http.request_body import VALUES_MAX, check_values
 from sluicegate.producers.http.routes import JSON, SSE, Answer, Door, Route, Visit, json_response
+from sluicegate.producers.http.shapes import Line
 from sluicegate.producers.http.streams import LAST_EVENT_ID, server_sent
 from sluicegate.producers.listing import JobSummary, read_parameters
 from sluicegate.producers.submission import (
@@ -95,12 +96,7 @@ class Submission(JobSpec):
     #: In seconds from now.
     deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=20)] | None = None
-    idempotency_key: (
-        Annotated[
-            str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", min_length=1, max_length=255)
-        ]
-        | None
-    ) = None
+    idempotency_key: Line | None = None
     reply_to: str | None = None
     request_id: str | None = None
     submitted_by: str | None = None

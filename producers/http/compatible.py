@@ -95,6 +95,29 @@ def addressed(model: str) -> tuple[str | None, str | None]:
     return (None if use_case == AUTO else use_case), None
 
 
+def left_out(
+    body: BaseModel,
+    *,
+    refused: Mapping[str, str],
+    steering: Sequence[str],
+    silent: Sequence[str],
+) -> list[str]:
+    """Take the fields that are known and not taken out of a body's extra ones; return warnings.
+
+    refused: whoever gives one of them hears why, by a `Problem`. steering: warned of. silent: not.
+    """
+    extra = body.model_extra or {}
+    for name, problem in refused.items():
+        if extra.get(name):
+            raise wrong(name, problem)
+    warnings = [
+        f"{name} is not taken here and was left out" for name in steering if extra.get(name)
+    ]
+    for name in (*steering, *silent, *refused):
+        extra.pop(name, None)
+    return warnings
+
+
 def unknown_fields(body: BaseModel) -> list[str]:
     """Return the warnings about fields that no door knows."""
     extra = sorted(body.model_extra or ())[:_WARNED_MAX]

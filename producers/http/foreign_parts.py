@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from sluicegate.producers.http.problems import wrong
 from sluicegate.shared.messages import Part, TextPart
@@ -15,6 +15,16 @@ Built = TypeVar("Built", bound=BaseModel)
 
 #: Reads a part that is not text: its mapping, and its place.
 ReadPart = Callable[[dict[str, Any], str], Iterable[Part]]
+
+
+def turn_of(*roles: str) -> Any:
+    """Describe a message for the document: what one schema can tell of it for all its roles.
+
+    It is read by hand, and nothing is checked by this.
+    """
+    return Field(
+        json_schema_extra={"required": ["role"], "properties": {"role": {"enum": list(roles)}}}
+    )
 
 
 def build(model: type[Built], place: str, **values: Any) -> Built:

@@ -113,14 +113,11 @@ async def create(visit: Visit) -> Response:
     handle = await submit(visit, asked)
     if body.stream:
         voice = MessagesVoice(handle.id, body.model, asked.warnings, visit.request_id)
-        response = await stream(visit, handle, voice)
-    else:
-        warnings = asked.warnings
-        del body, asked  # may be megabytes, and the wait minutes
-        said = _message(await answer(visit, handle), warnings)
-        response = json_response(said, headers={JOB_HEADER: str(handle.id)})
-    response.headers["request-id"] = visit.request_id
-    return response
+        return await stream(visit, handle, voice)
+    warnings = asked.warnings
+    del body, asked  # may be megabytes, and the wait minutes
+    result = await answer(visit, handle)
+    return json_response(_message(result, warnings), headers={JOB_HEADER: str(handle.id)})
 
 
 def _message(result: Result, warnings: list[str]) -> dict[str, Any]:

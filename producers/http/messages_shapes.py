@@ -10,13 +10,14 @@ from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sluicegate.producers.http.compatible import Asked, addressed, unknown_fields
+from sluicegate.producers.http.compatible import Asked, addressed, left_out, unknown_fields
 from sluicegate.producers.http.foreign_parts import (
     build,
     mapping_at,
     parts_at,
     text_at,
     texts_at,
+    turn_of,
 )
 from sluicegate.producers.http.problems import wrong
 from sluicegate.producers.submission import JobOptions
@@ -70,16 +71,7 @@ class OutputConfig(BaseModel):
     format: dict[str, Any] | None = None
 
 
-#: Read by hand; what of it one schema can tell for both roles is for the document alone.
-_Turn = Annotated[
-    dict[str, Any],
-    Field(
-        json_schema_extra={
-            "required": ["role"],
-            "properties": {"role": {"enum": ["user", "assistant"]}},
-        }
-    ),
-]
+_Turn = Annotated[dict[str, Any], turn_of("user", "assistant")]
 
 
 class MessagesRequest(BaseModel):
@@ -109,7 +101,10 @@ class MessagesRequest(BaseModel):
 
 def asked_of(body: MessagesRequest) -> Asked:
     """Bring a request into our words; raise `Problem`."""
-    warnings = _left_out(body)
+    warnings = left_out(body, refused=_REFUSED, steering=_STEERING, silent=_SILENT)
+    if body.thinking is not None and body.thinking.get("type") != "disabled":
+        warnings.append("thinking is not taken here and was left out; use output_config.effort")
+    warnings += unknown_fields(body)
     use_case, model = addressed(body.model)
     given = {
         "fallbacks": body.fallbacks,
@@ -130,19 +125,6 @@ def asked_of(body: MessagesRequest) -> Asked:
     asked = Asked(use_case=use_case, options=options, names=NAMES, warnings=warnings)
     _converse(asked, body.messages)
     return asked
-
-
-def _left_out(body: MessagesRequest) -> list[str]:
-    extra = body.model_extra or {}
-    for name, problem in _REFUSED.items():
-        if extra.get(name):
-            raise wrong(name, problem)
-    warnings = [f"{one} is not taken here and was left out" for one in _STEERING if extra.get(one)]
-    for name in (*_STEERING, *_SILENT, *_REFUSED):
-        extra.pop(name, None)
-    if body.thinking is not None and body.thinking.get("type") != "disabled":
-        warnings.append("thinking is not taken here and was left out; use output_config.effort")
-    return warnings + unknown_fields(body)
 
 
 def _output(config: OutputConfig, warnings: list[str]) -> JobOptions:
