@@ -12,14 +12,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Final, Self, TypeVar, Unpack, cast
 from uuid import UUID
 from weakref import WeakSet
 
+import psycopg
 from pydantic import BaseModel
 from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 from tenacity import AsyncRetrying
 
 from sluicegate.producers.budgeting import AsyncBudgeting
@@ -38,6 +40,7 @@ from sluicegate.producers.listing import (
 from sluicegate.producers.outcomes import (
     REPEAT,
     check_timeout,
+    is_passing,
 )
 from sluicegate.producers.publishing import publish_accepted
 from sluicegate.producers.reply_channels import BATCH, Channel
@@ -78,14 +81,21 @@ from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, make_celery
 from sluicegate.shared.coalescing import Coalescer
-from sluicegate.shared.database import DATABASE_ERRORS, explain, make_async_engine
+from sluicegate.shared.database import BY_KEY, DATABASE_ERRORS, explain, make_async_engine
 from sluicegate.shared.errors import IdempotencyConflict, NotFound, QueueUnavailable, SluiceError
 from sluicegate.shared.jobs import State
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_reader import AsyncReplyReader
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 
 T = TypeVar("T")
+
+#: Runs a statement with its parameters and returns the rows.
+Run = Callable[[str, dict[str, Any]], Awaitable[Sequence[Any]]]
+
+#: Connections for storing jobs one by one, of those that a client may have.
+_STORING: Final = 2
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +105,16 @@ class _Lines:
 
     def __init__(self, settings: Settings) -> None:
         self._loop = asyncio.get_running_loop()
-        self.engine = make_async_engine(settings, application_name="sluice producer")
+        # Together no more than the settings allow, where those allow two.
+        storing = min(_STORING, settings.database_pool_size - 1) or 1
+        self.engine = make_async_engine(
+            settings,
+            application_name="sluice producer",
+            pool_size=max(1, settings.database_pool_size - storing),
+        )
+        self._db = Database(
+            settings, application_name="sluice producer", size=storing, planner=BY_KEY
+        )
         self.redis = make_async_redis(settings)
         self.app = make_celery(settings)
         self.reader = AsyncReplyReader(settings=settings, engine=self.engine, client=self.redis)
@@ -145,9 +164,15 @@ class _Lines:
         await loop.run_in_executor(self._publisher, tell_worker, self.app, worker, job_ids)
 
     async def _store(self, drafts: Sequence[Draft]) -> Sequence[Accepted]:
-        found = await _repeated(self.engine, lambda line: _store_each(line, drafts))
+        """Store jobs that happen to come at the same moment: none is the others' concern."""
+        found: list[Accepted | IdempotencyConflict] = []
+        for part in batches(drafts):
+            found += outcomes(part, *await _repeated(partial(_insert, self._run, part)))
         # What is an error is raised where its own draft is waited for.
         return cast("Sequence[Accepted]", found)
+
+    async def _run(self, statement: str, values: dict[str, Any]) -> Sequence[Any]:
+        return await self._db.execute(statement, **values)
 
     async def _publish(self) -> None:
         loop = asyncio.get_running_loop()
@@ -168,6 +193,7 @@ class _Lines:
         await asyncio.to_thread(self._publisher.shutdown)
         self.app.close()
         await self.redis.aclose()
+        await self._db.close()
         await self.engine.dispose()
 
 
@@ -423,7 +449,7 @@ class AsyncSluice(AsyncBudgeting):
             return await self._query(lambda connection: _store_all(connection, drafts), atomic=True)
         try:
             return [await self._open().storing(drafts[0])]
-        except DATABASE_ERRORS as error:
+        except (*DATABASE_ERRORS, psycopg.Error) as error:
             raise explain(error) from error
 
     async def _execute(self, statement: str, **values: Any) -> Sequence[Row[Any]]:
@@ -436,48 +462,47 @@ class AsyncSluice(AsyncBudgeting):
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, atomic: bool = False
     ) -> T:
         """Do work that may be repeated, through a restart of Postgres that is soon over."""
+        engine = self._open().engine
+
+        async def once() -> T:
+            async with engine.connect() as connection:
+                if not atomic:
+                    return await work(connection)
+                await connection.execution_options(isolation_level="READ COMMITTED")
+                async with connection.begin():
+                    return await work(connection)
+
         try:
-            return await _repeated(self._open().engine, work, atomic=atomic)
+            return await _repeated(once)
         except DATABASE_ERRORS as error:
             raise explain(error) from error
 
 
-async def _repeated(
-    engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]], *, atomic: bool = False
-) -> T:
-    async def once() -> T:
-        async with engine.connect() as connection:
-            if not atomic:
-                return await work(connection)
-            await connection.execution_options(isolation_level="READ COMMITTED")
-            async with connection.begin():
-                return await work(connection)
-
+async def _repeated(once: Callable[[], Awaitable[T]]) -> T:
+    """Do what may be done again, as often as `REPEAT` says."""
+    # Nearly always once, which needs no machinery.
+    try:
+        return await once()
+    except Exception as error:
+        if not is_passing(error):
+            raise
     return await AsyncRetrying(**REPEAT)(once)
-
-
-async def _store_each(
-    connection: AsyncConnection, drafts: Sequence[Draft]
-) -> list[Accepted | IdempotencyConflict]:
-    """Store jobs that happen to come at the same moment: none is the others' concern."""
-    return [
-        one for part in batches(drafts) for one in outcomes(part, *await _insert(connection, part))
-    ]
 
 
 async def _store_all(connection: AsyncConnection, drafts: Sequence[Draft]) -> list[Accepted]:
     """Store a list of jobs, all or none, within a transaction."""
+
+    async def run(statement: str, values: dict[str, Any]) -> Sequence[Any]:
+        return (await connection.exec_driver_sql(statement, values)).all()
+
     jobs: list[Accepted] = []
     for part in batches(drafts):
-        jobs += accept(part, *await _insert(connection, part))
+        jobs += accept(part, *await _insert(run, part))
     return jobs
 
 
-async def _insert(
-    connection: AsyncConnection, drafts: Sequence[Draft]
-) -> tuple[Sequence[Row[Any]], Sequence[Row[Any]]]:
+async def _insert(run: Run, drafts: Sequence[Draft]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return the rows of `INSERT`, and those of `FIND` for what it left out."""
-    stored = (await connection.exec_driver_sql(INSERT, parameters(drafts))).all()
+    stored = await run(INSERT, parameters(drafts))
     left = missing(drafts, stored)
-    found = (await connection.exec_driver_sql(FIND, parameters(left))).all() if left else ()
-    return stored, found
+    return stored, await run(FIND, parameters(left)) if left else ()

@@ -87,18 +87,6 @@ def judge_settings(settings: Settings) -> list[Finding]:
         *_longer_than(settings, "jobs_in_flight", "chunk_size"),
         *_longer_than(settings, "stage_ahead_jobs", "chunk_size"),
     ]
-    # A chunk is acknowledged when its last job has ended, and a slow one may go from candidate to
-    # candidate until its attempts are used.
-    longest_s = settings.max_attempts * settings.total_deadline_s + settings.grace_s
-    if settings.visibility_timeout_s < 2 * longest_s:
-        found.append(
-            warning(
-                "settings",
-                f"SLUICE_VISIBILITY_TIMEOUT_S ({settings.visibility_timeout_s}) is near what one "
-                f"message may take ({longest_s:g} s): the broker would deliver it twice",
-                f"set it to {round(4 * longest_s)} or more",
-            )
-        )
     try:
         price_card(baseline_provider(settings.baseline_model), settings.baseline_model)
     except UnknownPrice:

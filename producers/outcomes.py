@@ -21,9 +21,15 @@ from sluicegate.shared.errors import (
 from sluicegate.shared.events import Completed, Event, Failed
 from sluicegate.shared.jobs import Result, State
 
-#: How statements are repeated, all of which may be: a server that restarts, a deadlock.
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a statement met what is soon over: a server that restarts, a deadlock."""
+    return is_disconnect(error) or is_conflict(error)
+
+
+#: How statements are repeated, all of which may be.
 REPEAT: Final[dict[str, Any]] = {
-    "retry": retry_if_exception(lambda error: is_disconnect(error) or is_conflict(error)),
+    "retry": retry_if_exception(is_passing),
     "stop": stop_after_attempt(3),
     "wait": wait_random_exponential(multiplier=0.1, max=1),
     "reraise": True,

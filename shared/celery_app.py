@@ -152,9 +152,9 @@ def make_celery(settings: Settings, **overrides: Any) -> Celery:
         # Every queue has the same priority: lanes are queues of their own.
         task_queue_max_priority=None,
         broker_transport_options={
-            # Far above the longest chunk: a late acknowledgement would mean a second copy.
-            # The shortest value of any app on the broker wins, so it is set here alone.
-            "visibility_timeout": settings.visibility_timeout_s,
+            # Who has which job is in Postgres, and a dead worker's jobs are taken from there. To
+            # note it in Redis too would hold up every message for a round trip.
+            "ack_emulation": False,
             "global_keyprefix": settings.redis_prefix,
             "priority_steps": [0],
             # Without these a publish to a dead server hangs for ever.

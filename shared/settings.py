@@ -161,8 +161,6 @@ class Settings(BaseSettings):
     spacing_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     #: The most jobs one statement carries.
     coalesce_max: Count = 100
-    #: How long an unacked message stays with a worker before the broker offers it again.
-    visibility_timeout_s: Count = 3600
 
     # Sweep
     #: How often the sweep looks, when nothing wakes it.

@@ -24,7 +24,7 @@ from sluicegate.shared.budgets import Budget, WindowName, set_budget
 from sluicegate.shared.database import BY_SIZE
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 from sluicegate.workers.sweep.reconciler import Drift, Reconciler
 from tests.harness import Rig
 from tests.polling import eventually

@@ -19,12 +19,12 @@ from sluicegate.shared.database import BY_KEY, make_engine
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.budget_copying import BudgetCopying
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.ledger import Copy, Full
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settlement, settle_all
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.reconciler import Drift, Reconciler
 from sluicegate.workers.sweep.rescuer import resolve_lost
 

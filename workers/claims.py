@@ -16,7 +16,7 @@ from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import JobSpec, Lane, build_spec
 from sluicegate.shared.messages import LARGE_BYTES
 from sluicegate.shared.secrets import SecretUnreadable
-from sluicegate.workers.statements import Database, through_disconnects
+from sluicegate.shared.statements import Database, through_disconnects
 
 #: A message may arrive a little before its job's time: clocks of broker and database differ.
 _EARLY_S = 2

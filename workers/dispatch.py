@@ -8,10 +8,10 @@ from typing import Any
 from uuid import UUID
 
 from sluicegate.shared.coalescing import Coalescer
+from sluicegate.shared.statements import Database, through_disconnects
 from sluicegate.workers import ledger
 from sluicegate.workers.failpoints import failpoint
 from sluicegate.workers.ledger import Full, Told
-from sluicegate.workers.statements import Database, through_disconnects
 
 _WANTED = """wanted AS (
     SELECT * FROM json_to_recordset(%(items)s::json) AS t(

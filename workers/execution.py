@@ -22,6 +22,7 @@ from sluicegate.shared.endings import CANCELLED
 from sluicegate.shared.errors import ErrorClass, InvalidJob, UnknownPrice
 from sluicegate.shared.jobs import Lane, State
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import through_disconnects
 from sluicegate.workers import affording, outcomes, repair, reports
 from sluicegate.workers.calling import Caller
 from sluicegate.workers.calls import CutOffError
@@ -44,7 +45,6 @@ from sluicegate.workers.replies import Channel, Replies
 from sluicegate.workers.retry import Expire, GiveUp, Next, Retry, RetryPolicy
 from sluicegate.workers.settlement import Settled, Settlement, Settler
 from sluicegate.workers.slots import Slots
-from sluicegate.workers.statements import through_disconnects
 
 log = logging.getLogger(__name__)
 

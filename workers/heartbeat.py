@@ -18,7 +18,7 @@ from uuid import UUID
 
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.jobs import Lane
-from sluicegate.workers.statements import DATABASE_ERRORS, Database
+from sluicegate.shared.statements import DATABASE_ERRORS, Database
 
 log = logging.getLogger(__name__)
 

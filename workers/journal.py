@@ -18,9 +18,9 @@ from redis.exceptions import RedisError
 
 from sluicegate.shared.coalescing import run_apart
 from sluicegate.shared.queues import JOURNAL_FIELD, JOURNAL_KEY
+from sluicegate.shared.statements import Database
 from sluicegate.workers.ledger import Told
 from sluicegate.workers.settlement import Settled, Settlement, settle_all
-from sluicegate.workers.statements import Database
 
 log = logging.getLogger(__name__)
 

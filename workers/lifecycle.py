@@ -26,6 +26,7 @@ from sluicegate.shared.queues import parse_queue, pool_queues
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.budget_copying import BudgetCopying
 from sluicegate.workers.calling import Caller
 from sluicegate.workers.claims import Claims
@@ -43,7 +44,6 @@ from sluicegate.workers.replies import Replies
 from sluicegate.workers.retry import RetryPolicy
 from sluicegate.workers.settlement import Settler
 from sluicegate.workers.slots import Slots
-from sluicegate.workers.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.sweep.rescuer import resolve_lost
 
 log = logging.getLogger(__name__)

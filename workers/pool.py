@@ -14,14 +14,13 @@ the hub through a `HubInbox`.
 (1 * 1) and counts those not acknowledged. A task calls `claimed()` when it has made its message's
 work its own: one more is then asked for, and one less when the task ends. So one message waits
 unclaimed, however many are claimed. After a reconnect Celery starts at 1 again, on a channel that
-has no unacknowledged messages; each task therefore counts on the connection that delivered its
-message only, and not at all once that is gone.
+has no unacknowledged messages; what runs is then counted anew, claimed or not.
 
 *A lost broker connection* leaves tasks running. Kombu 5.7 would try to put their messages back over
 the connection that is gone, and end the worker with an AttributeError; and an acknowledgement on a
-closed channel ends it likewise. So that is switched off while the worker runs, and running tasks
-are moved to the new channel, over which they acknowledge what Redis still remembers as theirs.
-Messages that wait for a countdown come back after the visibility timeout, or by the sweep.
+closed channel ends it likewise. So that is switched off while the worker runs, and the messages of
+running tasks are moved to the new channel, over which they are acknowledged or put back. Messages
+that wait for a countdown are forgotten: the sweep publishes their jobs again.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from celery.signals import worker_shutting_down
 from celery.worker import state
 from kombu.asynchronous import Hub
 from kombu.common import QoS
+from kombu.transport import virtual
 from sqlalchemy.util.concurrency import await_
 
 from sluicegate.workers.hub_inbox import HubInbox
@@ -136,7 +136,7 @@ class TaskPool(BasePool):
             thread=self._thread,
             cancel_grace_s=self._cancel_grace_s,
             settle=partial(self._inbox.put, self._settle),
-            shift_prefetch=partial(self._inbox.put, self._shift_prefetch),
+            count=partial(self._inbox.put, self._count),
             tell=self._inbox.put,
         )
         self._claimed_count = 0
@@ -220,6 +220,10 @@ class TaskPool(BasePool):
         for request in tuple(state.active_requests):
             if not request.acknowledged:
                 request.message.channel = channel
+                # Not as Redis' channel does it, with a round trip each: who has it is known there.
+                virtual.QoS.append(channel.qos, request.message, request.message.delivery_tag)
+        for run in self._runs.unsettled():
+            self._count(run)
 
     def on_apply(  # type: ignore[override]  # Celery keeps a weak reference to what is returned
         self,
@@ -246,7 +250,6 @@ class TaskPool(BasePool):
             timeout_callback=timeout_callback,
             timeout_s=timeout or self.options.get("timeout"),
             soft_timeout_s=soft_timeout or self.options.get("soft_timeout"),
-            qos=self._qos,
         )
         if self._draining:
             # A countdown that ended while the worker stops: another worker's, then.
@@ -356,13 +359,19 @@ class TaskPool(BasePool):
         try:
             callback(*args)
         finally:
-            if run.claimed:
-                self._shift_prefetch(run, -1)
+            if run.counted_on is self._qos:
+                self._shift_prefetch(-1)
 
-    def _shift_prefetch(self, run: Run, n: int) -> None:
-        qos = run.qos
-        if qos is None or qos is not self._qos:
-            return  # its message is not counted on today's connection
+    def _count(self, run: Run) -> None:
+        """Have one more message fetched while this run goes on."""
+        if run.counted_on is not self._qos:
+            run.counted_on = self._qos
+            self._shift_prefetch(1)
+
+    def _shift_prefetch(self, n: int) -> None:
+        qos = self._qos
+        if qos is None:
+            return
         self._claimed_count += n
         # The limit is on messages with a countdown, which this leaves as many as before.
         if qos.max_prefetch is not None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from sluicegate.workers.statements import DATABASE_ERRORS, Database
+from sluicegate.shared.statements import DATABASE_ERRORS, Database
 
 log = logging.getLogger(__name__)
 

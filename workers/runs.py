@@ -42,11 +42,11 @@ class Run:
     timeout_callback: Callable[..., Any]
     timeout_s: float | None
     soft_timeout_s: float | None
-    #: Accounting of the connection that delivered the message.
-    qos: QoS | None
     task: asyncio.Task[None] | None = None
     started: bool = False
     claimed: bool = False
+    #: The connection on which one more message is fetched for it; the hub's.
+    counted_on: QoS | None = None
     #: Its one final callback has been handed to the hub.
     settled: bool = False
     soft_expired: bool = False
@@ -69,14 +69,14 @@ def claimed() -> None:
     run = _current_run.get(None)
     if run is not None and not run.claimed and not run.settled:
         run.claimed = True
-        run.runs.count_claimed(run)
+        run.runs.count(run)
 
 
 class Runs:
     """The runs of one pool, by pid.
 
-    What Celery is to be told goes to the hub's thread: `settle` and `shift_prefetch` have the pool
-    do it there, `tell` has anything called there.
+    What Celery is to be told goes to the hub's thread: `settle` and `count` have the pool do it
+    there, `tell` has anything called there.
     """
 
     def __init__(
@@ -85,13 +85,14 @@ class Runs:
         thread: AsyncioThread,
         cancel_grace_s: float,
         settle: Callable[..., None],
-        shift_prefetch: Callable[[Run, int], None],
+        count: Callable[[Run], None],
         tell: Callable[..., None],
     ) -> None:
         self._thread = thread
         self._cancel_grace_s = cancel_grace_s
         self._settle = settle
-        self._shift_prefetch = shift_prefetch
+        #: Asks for one more message while a run that has claimed its own goes on.
+        self.count = count
         self._tell = tell
         self._runs: dict[int, Run] = {}
         self._hurry = asyncio.Event()
@@ -100,6 +101,10 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def unsettled(self) -> list[Run]:
+        """Return the runs that Celery has not been told the end of."""
+        return [run for run in tuple(self._runs.values()) if not run.settled]
 
     def add(self, run: Run) -> None:
         """Know a run, so that it can be terminated; it has yet to begin."""
@@ -134,10 +139,6 @@ class Runs:
             await asyncio.wait(left, timeout=self._cancel_grace_s)
         if self._runs:
             logger.error("%d tasks did not end when cancelled.", len(self._runs))
-
-    def count_claimed(self, run: Run) -> None:
-        """Ask for one more message while this run goes on."""
-        self._shift_prefetch(run, 1)
 
     def _begin(self, run: Run) -> None:
         task_name, task_id = run.args[:2]

@@ -13,10 +13,10 @@ from uuid import UUID
 from sluicegate.shared.bodies import IN_THE_CLEAR, Bodies
 from sluicegate.shared.coalescing import Coalescer
 from sluicegate.shared.endings import CANCELLED_BODY
+from sluicegate.shared.statements import Database, through_disconnects
 from sluicegate.workers import ledger
 from sluicegate.workers.failpoints import failpoint
 from sluicegate.workers.ledger import Told
-from sluicegate.workers.statements import Database, through_disconnects
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 
 from sluicegate.shared.celery_app import PUBLISHED_AT, RUN_JOBS, JobMessage, send
+from sluicegate.shared.statements import DATABASE_ERRORS
 from sluicegate.workers.execution import Again
 from sluicegate.workers.lifecycle import Worker
 from sluicegate.workers.pool import await_, claimed
 from sluicegate.workers.publishing import AsyncTask, Publisher
 from sluicegate.workers.slots import Draining
-from sluicegate.workers.statements import DATABASE_ERRORS
 
 log = logging.getLogger(__name__)
 

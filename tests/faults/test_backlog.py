@@ -17,10 +17,10 @@ from sluicegate.shared.celery_app import JobMessage, make_celery, publish
 from sluicegate.shared.database import BY_KEY, BY_SIZE
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.claims import Claims
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.settlement import settle_all
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.loops import Sweep
 from sluicegate.workers.sweep.republisher import Republisher
 from tests.books import untold

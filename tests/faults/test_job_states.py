@@ -27,11 +27,11 @@ from sluicegate.shared.database import BY_KEY
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.claims import Claims, Job
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settlement, settle_all
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.rescuer import resolve_lost
 from tests.books import untold
 from tests.harness import FULL

@@ -31,7 +31,12 @@ app.conf.update(
     task_acks_late=True,
     task_ignore_result=True,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"priority_steps": [0], "socket_timeout": 5},
+    broker_transport_options={
+        "priority_steps": [0],
+        "socket_timeout": 5,
+        # As Sluice has it. Otherwise Redis shows the tests which messages are acknowledged.
+        "ack_emulation": "POOL_APP_FORGETFUL" not in os.environ,
+    },
     sluice_stop_grace_s=float(os.environ.get("POOL_APP_GRACE_S", "5")),
     sluice_cancel_grace_s=1.0,
 )

@@ -20,8 +20,8 @@ from sluicegate.shared.alerts import Alert, Posting, find_alert
 from sluicegate.shared.database import BY_SIZE
 from sluicegate.shared.secrets import Keyring, Secret, new_key
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.shared.webhooks import Webhook, set_webhook
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.poster import Poster, Terms
 from sluicegate.workers.webhook import WebhookClient
 from tests.alert_books import Books

@@ -21,8 +21,8 @@ from sqlalchemy import Engine, text
 from sluicegate.shared.alerts import ALERTS_KEPT, acknowledge, list_alerts
 from sluicegate.shared.database import BY_SIZE, connect_options
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.local.servers import EmbeddedValkey
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.alerter import Alerter
 from sluicegate.workers.sweep.loops import Sweep
 from tests.alert_books import RAISE, TODAY, Books

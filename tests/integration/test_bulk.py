@@ -39,7 +39,7 @@ from sluicegate.shared.database import BY_SIZE
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.queues import STAGE_CHANNEL
 from sluicegate.shared.settings import Settings
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 from sluicegate.workers.sweep.canceller import Canceller
 from tests.command_line import Command, Outcome
 from tests.harness import FULL

@@ -24,9 +24,9 @@ from sluicegate.shared.errors import IdempotencyConflict
 from sluicegate.shared.events import reply_key, terminal_id
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.journal import Journal
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.canceller import Canceller
 from sluicegate.workers.sweep.loops import Sweep
 from sluicegate.workers.sweep.rescuer import resolve_lost

@@ -217,6 +217,12 @@ def start(own: Broker, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
         worker.kill()
 
 
+#: Whether Redis notes who has which message. Sluice does without, and shows less from outside.
+NOTED = pytest.mark.parametrize(
+    "env", [{}, {"POOL_APP_FORGETFUL": "1"}], ids=["noted", "forgetful"]
+)
+
+
 def name() -> str:
     return secrets.token_hex(4)
 
@@ -422,10 +428,11 @@ def test_acknowledgements_leave_while_the_last_task_still_runs(
     assert_clean(worker)
 
 
+@NOTED
 def test_after_the_grace_period_tasks_are_cancelled(
-    own: Broker, start: Callable[..., Worker]
+    own: Broker, start: Callable[..., Worker], env: dict[str, str]
 ) -> None:
-    worker = start(POOL_APP_GRACE_S="0.5").until_ready()
+    worker = start(POOL_APP_GRACE_S="0.5", **env).until_ready()
     raising, returning = name(), name()
     raising_id = own.send("tidy", raising, "raise")
     own.send("tidy", returning, "return")
@@ -497,11 +504,12 @@ def test_a_task_that_blocks_the_loop_does_not_keep_the_worker(
 # Connections
 
 
-def test_a_restarted_broker_loses_no_task(tmp_path: Path) -> None:
+@NOTED
+def test_a_restarted_broker_loses_no_task(tmp_path: Path, env: dict[str, str]) -> None:
     server = Server(tmp_path)
     server.start()
     broker = Broker(server.url(0))
-    worker = Worker(broker, tmp_path)
+    worker = Worker(broker, tmp_path, POOL_APP_GRACE_S="1", **env)
     try:
         worker.until_ready()
         key = name()
@@ -524,6 +532,39 @@ def test_a_restarted_broker_loses_no_task(tmp_path: Path) -> None:
         only_one_waits_unclaimed(broker)
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
+    finally:
+        worker.kill()
+        broker.close()
+        server.stop()
+
+
+@NOTED
+def test_what_outlived_a_connection_is_put_back_when_the_worker_stops(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    server = Server(tmp_path)
+    server.start()
+    broker = Broker(server.url(0))
+    worker = Worker(broker, tmp_path, POOL_APP_GRACE_S="0.5", **env)
+    try:
+        worker.until_ready()
+        claimed, unclaimed, late = name(), name(), name()
+        broker.send("gated", claimed, True)
+        broker.until_noted(f"{claimed}:started", 1)
+        broker.send("tidy", unclaimed, "raise")
+        broker.until_noted(f"{unclaimed}:started", 1)
+        server.stop()
+        until(lambda: "Connection to broker lost" in worker.output)
+        server.start()
+
+        broker.send("gated", late, True)
+        broker.until_noted(f"{late}:started", 1, timeout_s=40)
+        stats = until(broker.stats, lambda stats: stats["pool"]["claimed"] == 3)
+        assert stats["prefetch_count"] == 4
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert broker.notes(f"{unclaimed}:tidied") == ["tidied"]
+        assert (broker.queued(), broker.unacked()) == (3, 0)
     finally:
         worker.kill()
         broker.close()

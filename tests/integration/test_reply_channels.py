@@ -24,7 +24,7 @@ from sluicegate.shared.database import BY_SIZE
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_channels import JOB_FIELD, REPLY_FIELD
 from sluicegate.shared.settings import Settings
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 from sluicegate.workers.sweep.deliverer import _ADD, Deliverer
 from sluicegate.workers.sweep.loops import Sweep
 from tests.command_line import Command

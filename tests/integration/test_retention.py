@@ -23,8 +23,8 @@ from sluicegate.shared.ids import new_id
 from sluicegate.shared.purging import PURGE_BATCH, PURGE_DUE
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.local.sandbox_control import SandboxControl
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.deliverer import Deliverer
 from sluicegate.workers.sweep.purger import Purger
 from tests.command_line import Command

@@ -19,8 +19,8 @@ from sluicegate.shared.jobs import Lane
 from sluicegate.shared.messages import LARGE_BYTES
 from sluicegate.shared.secrets import Keyring, Secret, SecretUnreadable, new_key
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.settlement import Settlement, Settler
-from sluicegate.workers.statements import Database
 from tests.books import untold
 from tests.command_line import Command
 from tests.dumping import dump, dump_redis

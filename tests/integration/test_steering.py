@@ -30,10 +30,10 @@ from sluicegate.shared.errors import (
 from sluicegate.shared.events import event_id, reply_key, terminal_id
 from sluicegate.shared.ids import new_id
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.workers.claims import Claims, Job
 from sluicegate.workers.dispatch import Attempt, Dispatcher
 from sluicegate.workers.settlement import Settlement, settle_all
-from sluicegate.workers.statements import Database
 from tests.books import untold
 from tests.databases import Rows
 from tests.polling import eventually

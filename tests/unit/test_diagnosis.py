@@ -109,7 +109,6 @@ def test_the_settings_that_ship_fit_together() -> None:
         ({"interactive_deadline_s": 5}, "warning", "SLUICE_INTERACTIVE_DEADLINE_S (5) is below"),
         ({"reply_ttl_s": 60}, "warning", "SLUICE_REPLY_TTL_S (60) is below"),
         ({"jobs_in_flight": 10}, "warning", "SLUICE_JOBS_IN_FLIGHT (10) is below"),
-        ({"visibility_timeout_s": 400}, "warning", "would deliver it twice"),
         ({"baseline_model": "no-such-model"}, "problem", "'no-such-model' is not known"),
     ],
 )

@@ -6,7 +6,7 @@ import psycopg
 import psycopg.errors
 import pytest
 
-from sluicegate.workers.statements import through_disconnects
+from sluicegate.shared.statements import through_disconnects
 
 
 class _Failing:

@@ -19,8 +19,8 @@ from redis.exceptions import ResponseError
 
 from sluicegate.shared.alerts import ALERT_FIELD, ALERTS_KEPT, FACTS, NAMES, alert_key, payload
 from sluicegate.shared.reply_channels import entry_number
+from sluicegate.shared.statements import Database
 from sluicegate.workers.failpoints import failpoint
-from sluicegate.workers.statements import Database
 
 log = logging.getLogger(__name__)
 

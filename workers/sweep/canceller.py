@@ -8,7 +8,7 @@ more.
 from __future__ import annotations
 
 from sluicegate.shared.batches import CANCEL_SLICE, CANCEL_WAITING
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 
 # All that is left of most of them runs. The jobs of a batch are read, however many, only if some
 # do not: one look sees both numbers at the same moment.

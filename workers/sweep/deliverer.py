@@ -24,7 +24,7 @@ from sluicegate.shared.reply_channels import (
     entry_id,
     entry_number,
 )
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 
 log = logging.getLogger(__name__)
 

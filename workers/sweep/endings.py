@@ -14,8 +14,8 @@ from sluicegate.shared.endings import terminal_payload
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.queues import parse_queue
 from sluicegate.shared.secrets import SecretUnreadable
+from sluicegate.shared.statements import Database
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import Database
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sluicegate.shared.endings import ENDED_BODY
+from sluicegate.shared.statements import Database
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.endings import tell
 
 _BATCH = 500

@@ -32,12 +32,12 @@ from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_channels import OUTBOX_CHANNEL
 from sluicegate.shared.secrets import Keyring
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database
 from sluicegate.shared.tables import use_cases
 from sluicegate.workers.budget_copying import BudgetCopying
 from sluicegate.workers.journal import Journal
 from sluicegate.workers.replies import Replies
 from sluicegate.workers.settlement import Settled, Settlement
-from sluicegate.workers.statements import Database
 from sluicegate.workers.sweep.alerter import Alerter
 from sluicegate.workers.sweep.canceller import Canceller
 from sluicegate.workers.sweep.deliverer import Deliverer

@@ -23,6 +23,7 @@ from sluicegate.shared.alerts import FACTS, NAMES, payload
 from sluicegate.shared.database import CONNECTION_ERRORS
 from sluicegate.shared.secrets import Keyring, Secret, SecretUnreadable
 from sluicegate.shared.settings import Settings
+from sluicegate.shared.statements import Database, through_disconnects
 from sluicegate.shared.webhooks import (
     ID_HEADER,
     SIGNATURE_HEADER,
@@ -30,7 +31,6 @@ from sluicegate.shared.webhooks import (
     signature,
 )
 from sluicegate.workers.failpoints import failpoint
-from sluicegate.workers.statements import Database, through_disconnects
 from sluicegate.workers.webhook import PostFailed, WebhookClient
 
 log = logging.getLogger(__name__)

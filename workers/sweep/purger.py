@@ -12,7 +12,7 @@ import redis.asyncio
 
 from sluicegate.shared.events import reply_key
 from sluicegate.shared.purging import PURGE_BATCH, PURGE_DUE
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 import redis.asyncio
 
 from sluicegate.shared.admission.budget_copies import BudgetCopies, drift_key
+from sluicegate.shared.statements import Database
 from sluicegate.workers.ledger import COPY
-from sluicegate.workers.statements import Database
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import redis.asyncio
 
 from sluicegate.shared.admission.keys import changes_key
 from sluicegate.shared.gate_changes import SUSPENDED
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import orjson
 import redis.asyncio
 
 from sluicegate.shared.celery_app import PUBLISHED_AT, JobMessage
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 from sluicegate.workers.sweep.endings import to_messages
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from uuid import UUID
 
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.endings import CANCELLED_BODY, ENDED_BODY
+from sluicegate.shared.statements import DATABASE_ERRORS, Database
 from sluicegate.workers import ledger
 from sluicegate.workers.ledger import Told
 from sluicegate.workers.replies import Replies
-from sluicegate.workers.statements import DATABASE_ERRORS, Database
 from sluicegate.workers.sweep.endings import single_messages, tell
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sluicegate.shared.celery_app import JobMessage
 from sluicegate.shared.jobs import Lane
 from sluicegate.shared.queues import parse_queue
-from sluicegate.workers.statements import Database
+from sluicegate.shared.statements import Database
 from sluicegate.workers.sweep.endings import to_messages
 
 #: How long jobs of what is paused are put off; `resume` wakes them before that.

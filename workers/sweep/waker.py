@@ -18,8 +18,8 @@ from uuid import UUID
 
 from sluicegate.shared.admission.gate import Reason
 from sluicegate.shared.gate_changes import SUSPENDED
+from sluicegate.shared.statements import Database
 from sluicegate.workers.held_back import BUDGET, PAUSED, WORDS, by
-from sluicegate.workers.statements import Database
 
 _BATCH: Final = 1000
 _CHANGES: Final = 500
