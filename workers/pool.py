@@ -32,7 +32,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -48,6 +47,7 @@ from kombu.common import QoS
 from kombu.transport import virtual
 from sqlalchemy.util.concurrency import await_
 
+from sluicegate.shared.celery_app import keep_one_client
 from sluicegate.workers.hub_inbox import HubInbox
 from sluicegate.workers.loop_thread import AsyncioThread
 from sluicegate.workers.publishing import Publisher
@@ -213,10 +213,7 @@ class TaskPool(BasePool):
         self._claimed_count = 0
         self._channel = channel
         channel.qos.restore_at_shutdown = False
-        # Kombu makes a Redis client for each operation, two a message: a quarter of what a message
-        # costs. Operations are the hub's alone, so one client serves them all.
-        with channel.conn_or_acquire() as shared:
-            channel.conn_or_acquire = lambda client=None: nullcontext(client or shared)
+        keep_one_client(channel)
         for request in tuple(state.active_requests):
             if not request.acknowledged:
                 request.message.channel = channel
