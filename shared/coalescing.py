@@ -54,7 +54,8 @@ class Coalescer(Generic[T, R]):
         self._free = parallel
         self._next_start = 0.0
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
-        self._timer: asyncio.Handle | None = None
+        #: Whether the next statement has its time already.
+        self._scheduled = False
         self._running: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: T) -> R:
@@ -81,36 +82,41 @@ class Coalescer(Generic[T, R]):
         return future
 
     def _schedule(self) -> None:
-        if self._timer is not None or not self._free or not self._waiting:
+        if self._scheduled or not self._free or not self._waiting:
             return
+        self._scheduled = True
         loop = asyncio.get_running_loop()
         delay_s = self._next_start - loop.time()
         if delay_s <= 0 or len(self._waiting) >= self._max_items:
-            # Not yet: what is asked for in the same turn of the loop travels with it.
-            self._timer = loop.call_soon(self._start)
+            self._start()
         else:
-            self._timer = loop.call_later(delay_s, self._start)
+            loop.call_later(delay_s, self._start)
 
     def _start(self) -> None:
-        self._timer = None
-        loop = asyncio.get_running_loop()
-        batch = self._waiting[: self._max_items]
-        self._next_start = loop.time() + self._spacing_s * min(1.0, len(batch) / _WHOLE_SPACING)
-        del self._waiting[: self._max_items]
+        # The task begins in the next turn of the loop: what is asked for in this one travels along.
         self._free -= 1
-        task = loop.create_task(self._run(batch))
+        task = asyncio.get_running_loop().create_task(self._run())
         self._running.add(task)
         task.add_done_callback(self._done)
+
+    def _take(self) -> list[tuple[T, asyncio.Future[R]]]:
+        """Take what the next statement is to carry."""
+        self._scheduled = False
+        batch = self._waiting[: self._max_items]
+        del self._waiting[: self._max_items]
+        spacing_s = self._spacing_s * min(1.0, len(batch) / _WHOLE_SPACING)
+        self._next_start = asyncio.get_running_loop().time() + spacing_s
         self._schedule()
+        # A caller that was cancelled while it waited wants nothing done any more.
+        return [(item, future) for item, future in batch if not future.done()]
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._free += 1
         self._schedule()
 
-    async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
-        # A caller that was cancelled while it waited wants nothing done any more.
-        batch = [(item, future) for item, future in batch if not future.done()]
+    async def _run(self) -> None:
+        batch = self._take()
         if not batch:
             return
         try:

@@ -47,6 +47,9 @@ _BLOCK_S: Final = 5.0
 _PAUSE_PER_STREAM_S: Final = 5e-5
 #: Looks at the rows are at least this far apart, so that many become one statement.
 _GATHER_S: Final = 0.02
+#: An XREAD that does not know of a new reader is broken off after this long, if it has not ended
+#: by itself meanwhile. No job has anything to say so soon, and a busy process reads more often.
+_WAKE_AFTER_S: Final = 0.01
 _RETRY_S: Final = 1.0
 #: With neither server answering for this long it is said once; later, waiting is given up.
 _SAY_SO_S: Final = 10.0
@@ -294,6 +297,9 @@ class AsyncReplyReader(_Reader):
         self._work = asyncio.Event()  # somebody waits
         self._changed = asyncio.Event()  # a row may be due sooner than was thought
         self._tasks: list[asyncio.Task[None]] = []
+        #: XREADs that were begun.
+        self._reads = 0
+        self._waking: set[asyncio.Task[None]] = set()
 
     async def subscribe(
         self,
@@ -307,12 +313,12 @@ class AsyncReplyReader(_Reader):
         subscription = self._subscription(
             asyncio.Event(), job_id, last_id, terminal_only, check_after_s
         )
-        wake = self._channels.add(subscription)
+        if self._channels.add(subscription):
+            loop = asyncio.get_running_loop()
+            loop.call_later(_WAKE_AFTER_S, self._wake_from, self._reads)
         self._start()
         self._work.set()
         self._changed.set()
-        if wake:
-            await self._wake()
         return subscription
 
     async def next(self, subscription: Subscription, deadline: float | None) -> Event | None:
@@ -354,7 +360,7 @@ class AsyncReplyReader(_Reader):
         _, late = await asyncio.wait((looking,), timeout=self._block_s)
         for task in late:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._waking, return_exceptions=True)
 
     def _start(self) -> None:
         if self._tasks:
@@ -379,6 +385,7 @@ class AsyncReplyReader(_Reader):
 
     async def _read(self) -> float:
         arguments, ending = self._plan()
+        self._reads += 1
         try:
             reply = await self._client.xread(**arguments)
         except redis.RedisError as error:
@@ -403,6 +410,13 @@ class AsyncReplyReader(_Reader):
                 async with asyncio.timeout(self._until_next_check()):
                     await self._changed.wait()
         return _GATHER_S
+
+    def _wake_from(self, read: int) -> None:
+        """Break off this XREAD, unless it has ended."""
+        if read == self._reads and not self._closed:
+            waking = asyncio.get_running_loop().create_task(self._wake())
+            self._waking.add(waking)
+            waking.add_done_callback(self._waking.discard)
 
     async def _wake(self) -> None:
         key = self._channels.wake_key
