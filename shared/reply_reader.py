@@ -93,12 +93,15 @@ class _Reader:
             check_at=now + check_after_s,
         )
 
-    def _plan(self) -> tuple[dict[str, Any], list[Subscription]]:
-        """Return the arguments of the next XREAD, and who ends if it finds nothing."""
+    def _plan(self) -> tuple[list[str | bytes | int], list[Subscription]]:
+        """Return the next XREAD, and who ends if it finds nothing.
+
+        The command itself: redis-py's method for it takes half as long again.
+        """
         streams, ending = self._channels.plan()
         count = max(10, min(_STREAM_ENTRIES, _READ_ENTRIES // len(streams)))
-        block_ms = None if ending else max(1, round(self._block_s * 1000))
-        return {"streams": streams, "count": count, "block": block_ms}, ending
+        block = () if ending else ("BLOCK", max(1, round(self._block_s * 1000)))
+        return ["XREAD", "COUNT", count, *block, "STREAMS", *streams, *streams.values()], ending
 
     def _take_in(self, reply: object, ending: list[Subscription]) -> float:
         """Give out a reply; return the seconds to wait before the next read."""
@@ -250,9 +253,9 @@ class ReplyReader(_Reader):
             self._over.wait(pause_s)
 
     def _read(self) -> float:
-        arguments, ending = self._plan()
+        command, ending = self._plan()
         try:
-            reply = self._client.xread(**arguments)
+            reply = self._client.execute_command(*command)  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             return self._redis_failed(error, ending)
         return self._take_in(reply, ending)
@@ -384,10 +387,10 @@ class AsyncReplyReader(_Reader):
             await asyncio.sleep(pause_s)
 
     async def _read(self) -> float:
-        arguments, ending = self._plan()
+        command, ending = self._plan()
         self._reads += 1
         try:
-            reply = await self._client.xread(**arguments)
+            reply = await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             return self._redis_failed(error, ending)
         return self._take_in(reply, ending)
