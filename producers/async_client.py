@@ -54,10 +54,10 @@ from sluicegate.producers.steering import (
 )
 from sluicegate.producers.storing import (
     FIND,
-    INSERT,
     Accepted,
     accept,
     batches,
+    insertion,
     missing,
     outcomes,
     parameters,
@@ -503,6 +503,6 @@ async def _store_all(connection: AsyncConnection, drafts: Sequence[Draft]) -> li
 
 async def _insert(run: Run, drafts: Sequence[Draft]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return the rows of `INSERT`, and those of `FIND` for what it left out."""
-    stored = await run(INSERT, parameters(drafts))
+    stored = await run(*insertion(drafts))
     left = missing(drafts, stored)
     return stored, await run(FIND, parameters(left)) if left else ()

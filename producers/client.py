@@ -49,10 +49,10 @@ from sluicegate.producers.steering import (
 )
 from sluicegate.producers.storing import (
     FIND,
-    INSERT,
     Accepted,
     accept,
     batches,
+    insertion,
     missing,
     parameters,
 )
@@ -439,7 +439,7 @@ class Sluice(Budgeting):
 def _store(connection: Connection, drafts: Sequence[Draft]) -> list[Accepted]:
     jobs: list[Accepted] = []
     for batch in batches(drafts):
-        stored = connection.exec_driver_sql(INSERT, parameters(batch)).all()
+        stored = connection.exec_driver_sql(*insertion(batch)).all()
         left = missing(batch, stored)
         found = connection.exec_driver_sql(FIND, parameters(left)).all() if left else ()
         jobs += accept(batch, stored, found)

@@ -216,6 +216,7 @@ def send(
         countdown=countdown or None,
         # To the queue itself: after a flush an exchange would drop it without an error.
         queue=declare(message.queue),  # type: ignore[arg-type]  # the stubs know names alone
+        declare=(),  # nothing to bind: on Redis a queue is there once something is in it
         headers={PUBLISHED_AT: message.published_at.isoformat()},
         # Into events and Flower: which job, nothing of what is in it.
         argsrepr=message.describe(),
