@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     redis_url: Secret = Secret("redis://127.0.0.1:6379/0")
     #: In front of every key and queue in Redis.
     redis_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{0,64}$")] = "sluice:"
-    #: Connections to Postgres a process may hold.
+    #: Connections to Postgres a process may hold; an asyncio client takes two at least.
     database_pool_size: Count = 8
     #: Connections to Redis a process may hold, the broker's own not counted.
     redis_pool_size: Count = 16
