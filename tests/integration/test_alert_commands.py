@@ -160,9 +160,12 @@ def test_secrets_rotate_with_the_keys(
 
 
 def test_alerts_are_listed_and_acknowledged(books: Books, sluice: Command) -> None:
-    (now,) = books.rows("SELECT date_trunc('day', now(), 'America/New_York') AS today")
-    first, second = (books.add(started_at=now.today, threshold=n) for n in (80, 100))
-    third = books.add("zeta", started_at=now.today)
+    (day,) = books.rows(
+        "SELECT date_trunc('day', now(), 'America/New_York') AS acme,"
+        " date_trunc('day', now(), 'Asia/Kolkata') AS zeta"
+    )
+    first, second = (books.add(started_at=day.acme, threshold=n) for n in (80, 100))
+    third = books.add("zeta", started_at=day.zeta)
     over = books.add("zeta", started_at="2026-01-01T00:00:00Z")
     found = sluice("alerts", "list", "--json").json["alerts"]
     assert [alert["id"] for alert in found] == [third, second, first]
