@@ -18,7 +18,6 @@ from typing import Any, Final, Self, TypeVar, Unpack, cast
 from uuid import UUID
 from weakref import WeakSet
 
-import psycopg
 from pydantic import BaseModel
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -77,6 +76,7 @@ from sluicegate.producers.submission import (
 )
 from sluicegate.producers.telling import note_untold, tell_channel_async, tell_worker
 from sluicegate.producers.views import JOB_QUERY, JobView, load_job
+from sluicegate.shared import statements
 from sluicegate.shared.bodies import Bodies
 from sluicegate.shared.catalogue import AsyncCatalogueCache, Catalogue
 from sluicegate.shared.celery_app import JobMessage, make_celery
@@ -87,7 +87,6 @@ from sluicegate.shared.jobs import State
 from sluicegate.shared.redis_client import make_async_redis
 from sluicegate.shared.reply_reader import AsyncReplyReader
 from sluicegate.shared.settings import Settings
-from sluicegate.shared.statements import Database
 
 T = TypeVar("T")
 
@@ -112,7 +111,7 @@ class _Lines:
             application_name="sluice producer",
             pool_size=max(1, settings.database_pool_size - storing),
         )
-        self._db = Database(
+        self._db = statements.Database(
             settings, application_name="sluice producer", size=storing, planner=BY_KEY
         )
         self.redis = make_async_redis(settings)
@@ -449,7 +448,7 @@ class AsyncSluice(AsyncBudgeting):
             return await self._query(lambda connection: _store_all(connection, drafts), atomic=True)
         try:
             return [await self._open().storing(drafts[0])]
-        except (*DATABASE_ERRORS, psycopg.Error) as error:
+        except statements.DATABASE_ERRORS as error:
             raise explain(error) from error
 
     async def _execute(self, statement: str, **values: Any) -> Sequence[Row[Any]]:
@@ -502,7 +501,7 @@ async def _store_all(connection: AsyncConnection, drafts: Sequence[Draft]) -> li
 
 
 async def _insert(run: Run, drafts: Sequence[Draft]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the rows of `INSERT`, and those of `FIND` for what it left out."""
+    """Return the rows of what was stored, and those of `FIND` for what was not."""
     stored = await run(*insertion(drafts))
     left = missing(drafts, stored)
     return stored, await run(FIND, parameters(left)) if left else ()

@@ -185,20 +185,19 @@ def insertion(drafts: Sequence[Draft]) -> tuple[str, dict[str, Any]]:
     """Return the statement that stores these, and its parameters."""
     if len(drafts) > 1:
         return _INSERT_MANY, parameters(drafts)
-    (draft,) = drafts
-    values = {name: getattr(draft, name) for name in _TYPES}
-    return _INSERT_ONE, {
-        **values,
-        "request": draft.request.decode(),
-        "submitted_from": _host(),
-    }
+    return _INSERT_ONE, {**_values(drafts[0]), "submitted_from": _host()}
 
 
 def parameters(drafts: Sequence[Draft]) -> dict[str, Any]:
     """Return the parameters of `FIND`, and of a statement that stores many."""
-    columns: dict[str, Any] = {name: [getattr(draft, name) for draft in drafts] for name in _TYPES}
-    columns["request"] = [draft.request.decode() for draft in drafts]
+    rows = [_values(draft) for draft in drafts]
+    columns = {name: [row[name] for row in rows] for name in _TYPES}
     return {**columns, "submitted_from": _host()}
+
+
+def _values(draft: Draft) -> dict[str, Any]:
+    values = {name: getattr(draft, name) for name in _TYPES}
+    return {**values, "request": draft.request.decode()}
 
 
 def missing(drafts: Sequence[Draft], stored: Iterable[Row[Any] | Stored]) -> list[Draft]:

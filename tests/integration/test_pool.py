@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -215,6 +216,21 @@ def start(own: Broker, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     yield make
     for worker in workers:
         worker.kill()
+
+
+@contextmanager
+def restartable(folder: Path, **env: str) -> Iterator[tuple[Server, Broker, Worker]]:
+    """A worker on a server that nobody else uses."""
+    server = Server(folder)
+    server.start()
+    broker = Broker(server.url(0))
+    worker = Worker(broker, folder, **env)
+    try:
+        yield server, broker, worker
+    finally:
+        worker.kill()
+        broker.close()
+        server.stop()
 
 
 #: Whether Redis notes who has which message. Sluice does without, and shows less from outside.
@@ -506,11 +522,7 @@ def test_a_task_that_blocks_the_loop_does_not_keep_the_worker(
 
 @NOTED
 def test_a_restarted_broker_loses_no_task(tmp_path: Path, env: dict[str, str]) -> None:
-    server = Server(tmp_path)
-    server.start()
-    broker = Broker(server.url(0))
-    worker = Worker(broker, tmp_path, POOL_APP_GRACE_S="1", **env)
-    try:
+    with restartable(tmp_path, **env) as (server, broker, worker):
         worker.until_ready()
         key = name()
         for _ in range(20):
@@ -532,21 +544,13 @@ def test_a_restarted_broker_loses_no_task(tmp_path: Path, env: dict[str, str]) -
         only_one_waits_unclaimed(broker)
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
-    finally:
-        worker.kill()
-        broker.close()
-        server.stop()
 
 
 @NOTED
 def test_what_outlived_a_connection_is_put_back_when_the_worker_stops(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
-    server = Server(tmp_path)
-    server.start()
-    broker = Broker(server.url(0))
-    worker = Worker(broker, tmp_path, POOL_APP_GRACE_S="0.5", **env)
-    try:
+    with restartable(tmp_path, POOL_APP_GRACE_S="0.5", **env) as (server, broker, worker):
         worker.until_ready()
         claimed, unclaimed, late = name(), name(), name()
         broker.send("gated", claimed, True)
@@ -565,18 +569,10 @@ def test_what_outlived_a_connection_is_put_back_when_the_worker_stops(
         assert worker.wait() == 0
         assert broker.notes(f"{unclaimed}:tidied") == ["tidied"]
         assert (broker.queued(), broker.unacked()) == (3, 0)
-    finally:
-        worker.kill()
-        broker.close()
-        server.stop()
 
 
 def test_sigterm_while_the_broker_is_away_still_drains(tmp_path: Path) -> None:
-    server = Server(tmp_path)
-    server.start()
-    broker = Broker(server.url(0))
-    worker = Worker(broker, tmp_path, POOL_APP_GRACE_S="1")
-    try:
+    with restartable(tmp_path, POOL_APP_GRACE_S="1") as (server, broker, worker):
         worker.until_ready()
         broker.send("gated", name(), True)
         until(broker.unacked, lambda n: n == 1)
@@ -588,10 +584,6 @@ def test_sigterm_while_the_broker_is_away_still_drains(tmp_path: Path) -> None:
         assert time.monotonic() - began < 20
         assert "No broker can be told what ended" in worker.output
         assert "Unrecoverable" not in worker.output
-    finally:
-        worker.kill()
-        broker.close()
-        server.stop()
 
 
 # Starting
