@@ -32,7 +32,12 @@ _RANDOM_BYTES: Final = 32
 _TOKEN: Final = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
 #: Of 43 random characters; the 38 that are not shown hold 228 bits.
 _HINT_CHARS: Final = len(PREFIX) + 5
-_MAX_NAME_CHARS: Final = 128
+MAX_NAME_CHARS: Final = 128
+#: What a name holds: no line breaks or codes of terminals, and nothing that turns the direction of
+#: what is shown after it.
+NAME_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+$"
+#: Half a character, as a shell may pass it, can be stored nowhere.
+_HALF: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +104,8 @@ def create_key(
 
     account: by name or id; None: a service key. Raises `InvalidJob` that names the field.
     """
-    if not 1 <= len(name) <= _MAX_NAME_CHARS or not name.isprintable():
-        raise InvalidJob("name", f"must be 1 to {_MAX_NAME_CHARS} characters on one line")
+    if len(name) > MAX_NAME_CHARS or not re.fullmatch(NAME_PATTERN, name) or _HALF.search(name):
+        raise InvalidJob("name", f"must be 1 to {MAX_NAME_CHARS} characters on one line")
     if role not in ROLES:
         raise InvalidJob("role", f"{role!r} is not a role; there are {', '.join(ROLES)}")
     if expires_at is not None and expires_at <= datetime.now(UTC):

@@ -16,6 +16,8 @@ from sluicegate.producers.http.problems import Problem, wrong
 from sluicegate.producers.http.routes import Answer, Route, Visit, json_response
 from sluicegate.producers.http.shapes import Line, Shape, Told
 from sluicegate.shared.api_keys import (
+    MAX_NAME_CHARS,
+    NAME_PATTERN,
     ApiKey,
     RoleName,
     create_key,
@@ -31,7 +33,7 @@ _TAG: Final = "keys"
 class NewKey(Shape):
     """A key to be made."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=128)]
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=MAX_NAME_CHARS)]
     role: RoleName = "user"
     #: By name or id; the caller's own if not given.
     account: Line | None = None

@@ -34,6 +34,7 @@ from sluicegate.shared.settings import Settings
 
 #: Text on one line, such as a name or an address.
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1000)]
+ModelName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=200)]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Usd = Annotated[float, Field(ge=0, le=100_000, allow_inf_nan=False, strict=False)]
 
@@ -47,6 +48,8 @@ _COLUMNS: Final[Mapping[str, str]] = {
     "prices": "price_override",
 }
 _APART: Final = ("name", "pool", "account", "is_active", "force")
+#: What every row has: null leaves it as it is.
+_NEVER_EMPTY: Final = ("model", "is_default", "max_tokens", "context_tokens", "priority")
 
 
 class Prices(Shape):
@@ -59,10 +62,13 @@ class Prices(Shape):
 
 
 class ProviderFields(Shape):
-    """What a provider is. What is not given stays as it is; null empties it."""
+    """What a provider is.
+
+    What is not given stays as it is, and what every provider has; null empties the rest.
+    """
 
     account: OneLine | None = None
-    model: OneLine | None = None
+    model: ModelName | None = None
     base_url: OneLine | None = None
     #: Opens it; stored encrypted, and never answered.
     key: Annotated[str, StringConstraints(min_length=1, max_length=_MAX_KEY_CHARS)] | None = None
@@ -90,7 +96,7 @@ class NewProvider(ProviderFields):
 
     name: OneLine
     pool: PoolName
-    model: OneLine
+    model: ModelName
 
 
 class ProviderPatch(ProviderFields):
@@ -195,7 +201,11 @@ async def patch(visit: Visit) -> Response:
     """Change what is given of a row."""
     name = visit.request.path_params["name"]
     asked = await visit.read(ProviderPatch)
-    given = asked.model_dump(exclude_unset=True)
+    given = {
+        name: value
+        for name, value in asked.model_dump(exclude_unset=True).items()
+        if value is not None or name not in _NEVER_EMPTY
+    }
     mode, account = visit.settings.catalogue, asked.account
 
     def work(line: Connection) -> ProviderTold:

@@ -13,12 +13,19 @@ from starlette.responses import HTMLResponse, Response
 
 from sluicegate.producers.http.callers import Rule
 from sluicegate.producers.http.docs_page import page
-from sluicegate.producers.http.routes import JSON, SSE, Answer, Door, Route, Visit
+from sluicegate.producers.http.identity import ACCOUNT_HEADER
+from sluicegate.producers.http.routes import JSON, SSE, Answer, Door, Header, Route, Visit
 
 _REF: Final = "#/components/schemas/{model}"
 #: What every text in a query is.
 _NO_NUL: Final = r"^[^\x00]*$"
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
+_ACCOUNT: Final = Header(
+    name=ACCOUNT_HEADER,
+    description="The account that the request is for, by name or id: service keys name one, admins "
+    "may; with the keys of an account it is that one's own, or left out.",
+    pattern=r"^[^\x00-\x1f\x7f]+$",
+)
 
 #: What may go wrong, by status; which of them a route has is told by what it takes.
 _PROBLEMS: Final[Mapping[int, str]] = {
@@ -242,7 +249,7 @@ def _headers(route: Route) -> list[dict[str, Any]]:
             "description": header.description,
             "schema": {"type": "string", "pattern": header.pattern},
         }
-        for header in route.headers
+        for header in (*route.headers, *([] if route.rule is Rule.ANYONE else [_ACCOUNT]))
     ]
 
 

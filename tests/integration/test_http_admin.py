@@ -87,6 +87,11 @@ async def test_a_provider_is_added_changed_and_taken_out_of_use(
     assert (await admin("PATCH", "/api/providers/qwen", {"requestsPerMinute": None}))[
         "requestsPerMinute"
     ] is None
+    # What every provider has stays.
+    nulls = ("model", "isDefault", "maxTokens", "contextTokens", "priority", "isActive")
+    assert await admin("PATCH", "/api/providers/qwen", dict.fromkeys(nulls)) == (
+        changed | {"requestsPerMinute": None}
+    )
     assert (await admin("DELETE", "/api/providers/qwen"))["isActive"] is False
     assert (await admin("PATCH", "/api/providers/qwen", {"isActive": True}))["isActive"] is True
     listed = (await admin("GET", "/api/providers"))["providers"]
@@ -279,6 +284,11 @@ async def test_an_admin_makes_keys_for_anybody(admin: Caller, owner: Caller) -> 
     until = "2040-01-01T00:00:00Z"
     made = await admin("POST", "/api/keys", {"name": "x", "expiresAt": until}, status=201)
     assert (made["account"], made["expiresAt"]) == ("default", until)
+    for name in ("Ana's phone \u2014 \u00a0\U0001fae9", "x" * 128):
+        assert (await admin("POST", "/api/keys", {"name": name}, status=201))["name"] == name
+    for name in ("", "a\nb", "\x1b[31m", "\x9b31m", "\u202egnp.exe", "x" * 129):
+        refused = await admin("POST", "/api/keys", {"name": name}, status=400)
+        assert refused["field"] == "name", name
     past = {"name": "x", "expiresAt": "2020-01-01T00:00:00Z"}
     assert (await admin("POST", "/api/keys", past, status=400))["field"] == "expiresAt"
 

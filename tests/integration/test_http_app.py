@@ -103,6 +103,10 @@ def test_the_document_tells_of_every_route_and_what_it_needs() -> None:
         assert ("security" in operation) == (route.rule is not Rule.ANYONE)
         assert set(map(str, route.answers)) <= set(operation["responses"])
         assert ("requestBody" in operation) == (route.body is not None)
+        headers = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "header"}
+        assert headers == {one.name for one in route.headers} | (
+            set() if route.rule is Rule.ANYONE else {"X-Sluice-Account"}
+        )
     ids = [one["operationId"] for path in document["paths"].values() for one in path.values()]
     assert len(ids) == len(set(ids))
 
