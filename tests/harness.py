@@ -32,8 +32,9 @@ from sluicegate.shared.queues import pool_queues, queue_name
 from sluicegate.shared.settings import Settings
 from sluicegate.workers.cli import worker_argv
 from sluicegate.workers.journal import KEY as JOURNAL_KEY
-from sluicegate.workers.local.processes import end, spawn
+from sluicegate.workers.local.processes import end
 from sluicegate.workers.local.sandbox_control import SandboxControl
+from tests import prefork
 from tests.polling import eventually
 
 #: The sizes that the issues state, or small ones that prove the same.
@@ -85,9 +86,7 @@ class Service:
         self.name = name
         self._log_path = log_path
         with log_path.open("ab") as log:
-            self._process = spawn(
-                argv, death_signal=signal.SIGKILL, env=env, cwd=log_path.parent, output=log
-            )
+            self._process = prefork.start(argv, env=env, cwd=log_path.parent, output=log)
 
     @property
     def pid(self) -> int:
