@@ -15,6 +15,7 @@ from sluicegate.producers.http.callers import Role, Rule
 from sluicegate.producers.http.problems import Problem, wrong
 from sluicegate.producers.http.routes import Answer, Route, Visit, json_response
 from sluicegate.producers.http.shapes import Line, Shape, Told
+from sluicegate.shared.accounts import name_or_id
 from sluicegate.shared.api_keys import (
     MAX_NAME_CHARS,
     NAME_PATTERN,
@@ -26,6 +27,7 @@ from sluicegate.shared.api_keys import (
     revoke_key,
 )
 from sluicegate.shared.audit import Action, read_audit
+from sluicegate.shared.errors import NotFound
 
 _TAG: Final = "keys"
 
@@ -157,6 +159,9 @@ async def create(visit: Visit) -> Response:
 async def revoke(visit: Visit) -> Response:
     """Revoke a key: whoever could make it can take it away."""
     named, caller = visit.request.path_params["key_id"], visit.known
+    if not isinstance(name_or_id(named), UUID):
+        # Not by its name: that may become another's.
+        raise NotFound(f"there is no API key with the id {named!r}; `GET /api/keys` lists all")
     own = None if caller.role is Role.ADMIN else caller.account_id
 
     def work(line: Connection) -> ApiKey:

@@ -133,6 +133,8 @@ class Visit:
     def query(self, model: type[Body]) -> Body:
         """Read the parameters of the query as this model; raise `Problem`."""
         given = dict(self.request.query_params)
+        if "" in given:
+            raise wrong("query", "has a parameter without a name")
         for name, value in given.items():
             if "\0" in value:
                 raise wrong(name, "must be text without control characters")

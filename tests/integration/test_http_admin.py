@@ -268,6 +268,8 @@ async def test_an_owner_revokes_no_key_of_an_admin(
         assert "cannot revoke a key of admin" in error["message"]
     states = {one["id"]: one["state"] for one in (await owner("GET", "/api/keys"))["keys"]}
     assert states[str(theirs.id)] == "active"
+    # By its id alone.
+    assert (await owner("DELETE", f"/api/keys/{theirs.name}", status=404))["code"] == "not_found"
     # One of his own role he does, and an admin any.
     equal, _ = new_api_key(engine, role="owner", account="acme")
     assert (await owner("DELETE", f"/api/keys/{equal.id}"))["state"] == "revoked"
@@ -300,6 +302,7 @@ async def test_the_audit_in_pages(admin: Caller) -> None:
     rest = (await admin("GET", f"/api/audit?what=account&below={first[-1]['number']}"))["changes"]
     assert [one["subject"] for one in first + rest] == ["c", "b", "a"]
     assert (await admin("GET", "/api/audit?limit=0", status=400))["field"] == "limit"
+    assert (await admin("GET", "/api/audit?=%00", status=400))["field"] == "query"
     assert (await admin("GET", "/api/audit?since=2040-01-01T00:00:00Z"))["changes"] == []
 
 
