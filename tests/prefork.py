@@ -165,13 +165,13 @@ def _serve() -> dict[str, Any]:
             os.waitpid(between, 0)
         _await_parent(asked["parent"])
         os.setpgid(0, 0)
+        os.chdir(asked["cwd"])
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor, place in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(descriptor, place)
+        os.close(nothing)
+        os.close(output)
         asking.send(str(os.getpid()).encode())
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
     return asked
 
 
@@ -199,7 +199,6 @@ def _main() -> None:
         raise RuntimeError("an import has started a thread: nothing can be forked from this")
     gc.freeze()
     asked = _serve()
-    os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
     sys.orig_argv = asked["argv"]
