@@ -97,6 +97,10 @@ def start(
     try:
         socket.send_fds(template, [json.dumps(asked).encode()], [output.fileno()])
         answer = template.recv(_MAX_BYTES)
+    except BaseException:
+        # A test's time was up: its answer is not to be taken for the next one's.
+        _template.cache_clear()
+        raise
     finally:
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
     if not answer:
