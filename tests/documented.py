@@ -46,7 +46,7 @@ RULES: Final[Mapping[str, Collection[str]]] = {
     ),
     "GET /api/usage": ("from", "to"),
     "PUT /api/budget": ("daily", "monthly", "limit"),
-    "PUT /api/budgets": ("limit",),
+    "PUT /api/budgets": ("limit", "daily", "monthly"),
     "POST /api/keys": ("account", "expiresAt"),
     "POST /api/accounts": ("account", "timeZone"),
     "PATCH /api/accounts/{name}": ("account", "timeZone"),

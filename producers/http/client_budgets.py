@@ -12,15 +12,16 @@ from sluicegate.producers.http.callers import Caller, Rule
 from sluicegate.producers.http.client_jobs import CLIENT
 from sluicegate.producers.http.routes import JSON, Answer, Route, Visit, json_response
 from sluicegate.shared.budgets import Budget
+from sluicegate.shared.pricing import MAX_NANO_USD
 
-#: Checked by `read_dollars`, which takes it in more forms, so this is for the document alone.
+#: Checked by `read_dollars`, so this is for the document alone.
 _Dollars = Annotated[
     str | int,
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,9})?$"},
-                {"type": "integer", "minimum": 0, "maximum": 9_000_000},
+                {"type": "string", "examples": ["25.50"]},
+                {"type": "integer", "minimum": 0, "maximum": MAX_NANO_USD // 1_000_000_000},
             ]
         }
     ),
